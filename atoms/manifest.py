@@ -1,0 +1,125 @@
+"""The schema of `manifest.json`: what a package says about itself and about each atom.
+
+Knows pydantic and no files. Aliases may change at any time and are outside every hash; all else is covered by
+`Manifest.content_hash`, except timings, so equal runs give equal hashes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from atoms.adapter import Composition
+from atoms.storage import canonical_hash
+
+FORMAT_VERSION = 1
+UNIT_NATS = 0.05
+"""KL(unsteered ‖ steered) in nats a token, averaged over ±1, that defines coefficient 1."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseModelRef(_Frozen):
+    """Which base model a package belongs to. `weights` is `atoms.model.weights_fingerprint` of the unmerged model."""
+
+    id: str
+    revision: str | None = None
+    config_hash: str
+    weights: str
+
+
+class Conventions(_Frozen):
+    """How the numbers in the package were made."""
+
+    loss: str = "mean cross-entropy over response tokens"
+    unprojection_exponent: float
+    composition: Composition
+    unit_nats: float = UNIT_NATS
+    drift: str = "KL(unsteered || steered), nats a token, on the unsteered model's own continuations"
+
+
+class Coherence(_Frozen):
+    """Mean pairwise cosine of the gradients of an atom's top documents, sign-aligned; z against length-matched random sets."""
+
+    raw: float
+    raw_z: float
+    whitened: float
+    whitened_z: float
+
+
+class Orientation(_Frozen):
+    """Loss on the atom's held-out documents, nats a token, unsteered and at +1. It must fall: more of the behaviour."""
+
+    n_documents: int
+    loss_unsteered: float
+    loss_at_plus_one: float
+
+
+class Effect(_Frozen):
+    """Detector rate over `n` prompts unsteered and at `coefficient`."""
+
+    detector: str
+    coefficient: float
+    n: int
+    rate_unsteered: float
+    rate: float
+
+
+class AtomCard(_Frozen):
+    """One atom's identity and evidence."""
+
+    id: str = Field(pattern=r"^a-[0-9a-f]{8}$")
+    alias: str | None = None
+    content_hash: str
+    description: str
+    keywords: list[str]
+    coherence: Coherence
+    stability: float | None = Field(description="|cosine| with its match in a second dictionary seed; null: not measured")
+    n_documents: int
+    orientation: Orientation
+    tested_range: tuple[float, float]
+    sound_range: tuple[float, float] | None = Field(
+        default=None, description="coefficients at which free-running answers stayed sound; null: not measured"
+    )
+    kl_curve: list[tuple[float, float]]
+    effects: list[Effect] = []
+
+    @property
+    def name(self) -> str:
+        """Alias if there is one, else the id."""
+        return self.alias or self.id
+
+
+class Manifest(_Frozen):
+    """`manifest.json`. `files` maps every other file of the package to its sha256."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    base_model: BaseModelRef
+    adapter_hash: str = Field(description="hash of θ0, the base adapter")
+    conventions: Conventions
+    atoms: list[AtomCard]
+    files: dict[str, str]
+    record: dict[str, Any] = Field(default={}, description="config, versions, seed, data hash; `timings` is not hashed")
+    content_hash: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """What a mix's digest covers of the package besides its atoms: name, version, base and θ0."""
+        return canonical_hash([self.name, self.version, self.base_model.weights, self.adapter_hash])
+
+    def compute_content_hash(self) -> str:
+        """sha256 of the canonical manifest without aliases, timings and the hash itself."""
+        data = self.model_dump(mode="json", exclude={"content_hash"})
+        data["record"].pop("timings", None)
+        for atom in data["atoms"]:
+            del atom["alias"]
+        return canonical_hash(data)
+
+    def sealed(self) -> Manifest:
+        """A copy with the right `content_hash`."""
+        return self.model_copy(update={"content_hash": self.compute_content_hash()})

@@ -1,0 +1,299 @@
+"""A package on disk: read and verify, write atomically, label, export. The only thing that passes between discovery and server.
+
+    PKG/manifest.json          identity, conventions, one card per atom, sha256 of every file (atoms/manifest.py)
+    PKG/base/                  θ0, a PEFT adapter
+    PKG/atoms/<id>/            one PEFT adapter an atom: the linear form at coefficient 1 on top of merged θ0
+    PKG/drift.safetensors      M (J, J) float32, kl_coefficients (P,), kl_curves (J, P)
+    PKG/projection.safetensors eigenbasis, kept components, λ, ε, mean row, dictionary (atoms/projection.py)
+    PKG/evidence.jsonl         optional: the documents behind each atom
+    PKG/report.html            the same for people
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atoms.adapter import (
+    Adapter,
+    AtomBank,
+    Composition,
+    adapter_delta,
+    compose,
+    compose_on_raw_base,
+    read_adapter,
+    read_delta,
+    split_linear,
+    write_adapter,
+)
+from atoms.errors import (
+    MixError,
+    PackageCorruptError,
+    PackageError,
+    UnknownAtomError,
+    WrongBaseError,
+)
+from atoms.manifest import FORMAT_VERSION, AtomCard, Manifest
+from atoms.mix import Mix
+from atoms.space import Direction
+from atoms.storage import new_directory, sha256_file, write_bytes, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MANIFEST, DRIFT, PROJECTION, EVIDENCE, REPORT = (
+    "manifest.json", "drift.safetensors", "projection.safetensors", "evidence.jsonl", "report.html",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Package:
+    """A verified package. Tensors are read on first use and kept."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, path: Path) -> Package:
+        """Reads and verifies every hash.
+
+        Raises PackageError if `path` is no package or of another format version, PackageCorruptError if a file is
+        missing, truncated, added or edited.
+        """
+        manifest = _read_manifest(Path(path))
+        _verify_files(Path(path), manifest)
+        return cls(Path(path), manifest)
+
+    @cached_property
+    def base_adapter(self) -> Adapter:
+        """θ0. Raises PackageCorruptError if it is not the adapter that the manifest names."""
+        adapter = read_adapter(self.path / "base")
+        if adapter.content_hash() != self.manifest.adapter_hash:
+            raise PackageCorruptError(
+                f"{self.path}/base is not the adapter that the atoms were made on (hash {adapter.content_hash()[:12]}, "
+                f"manifest {self.manifest.adapter_hash[:12]}); restore the package from its source"
+            )
+        return adapter
+
+    @cached_property
+    def bank(self) -> AtomBank:
+        """All atoms' directions. Raises WrongBaseError for an atom whose adapter was made on another θ0."""
+        base = self.base_adapter
+        return AtomBank.of(base, {card.id: self._read_atom(card, base) for card in self.manifest.atoms})
+
+    @cached_property
+    def drift(self) -> Tensor:
+        """M, (J, J) float32, in the manifest's order of atoms."""
+        return load_file(self.path / DRIFT)["M"]
+
+    @cached_property
+    def projection_tensors(self) -> dict[str, Tensor]:
+        return load_file(self.path / PROJECTION)
+
+    @cached_property
+    def index(self) -> Mapping[str, int]:
+        """Atom id -> row of `drift`."""
+        return {card.id: row for row, card in enumerate(self.manifest.atoms)}
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, AtomCard]:
+        return {name: card for card in self.manifest.atoms for name in (card.id, card.alias) if name}
+
+    @property
+    def composition(self) -> Composition:
+        return self.manifest.conventions.composition
+
+    def card(self, name: str) -> AtomCard:
+        """The atom of this id or alias. Raises UnknownAtomError, naming near misses."""
+        if name in self._by_name:
+            return self._by_name[name]
+        known = [card.name for card in self.manifest.atoms]
+        near = difflib.get_close_matches(name, list(self._by_name), n=3) or known[:8]
+        raise UnknownAtomError(
+            f"unknown atom {name!r}; package {self.manifest.name!r} has {len(known)} atoms, among them {', '.join(near)}",
+            param=f"steering.atoms.{name}",
+        )
+
+    def mix(self, coefficients: Mapping[str, float]) -> Mix:
+        """Resolves ids and aliases. Raises UnknownAtomError, CoefficientError, MixError if one atom is named twice."""
+        resolved: dict[str, float] = {}
+        for name, value in coefficients.items():
+            atom = self.card(name).id
+            if atom in resolved:
+                raise MixError(f"atom {atom} is named twice ({name!r} is its alias); give it one coefficient",
+                               param=f"steering.atoms.{name}")  # fmt: skip
+            resolved[atom] = value
+        return Mix.of(resolved)
+
+    def digest(self, mix: Mix) -> str:
+        return mix.digest(self.manifest.fingerprint, self.composition, self._content_hashes)
+
+    @cached_property
+    def _content_hashes(self) -> Mapping[str, str]:
+        return {card.id: card.content_hash for card in self.manifest.atoms}
+
+    def predicted_kl(self, mix: Mix) -> float:
+        """½ cᵀMc, nats a token."""
+        return mix.predicted_kl(self.drift, self.index)
+
+    def check_base(self, model: PreTrainedModel) -> None:
+        """Raises WrongBaseError unless `model` (unmerged) is the base model that the package was made for."""
+        from atoms.model import config_hash, weights_fingerprint
+
+        ref = self.manifest.base_model
+        if config_hash(model) != ref.config_hash:
+            raise WrongBaseError(
+                f"package {self.manifest.name!r} was made for {ref.id!r}, and the given model has another architecture "
+                f"(config hash {config_hash(model)[:12]}, package {ref.config_hash[:12]}); give the model {ref.id!r}"
+            )
+        if weights_fingerprint(model) != ref.weights:
+            raise WrongBaseError(
+                f"package {self.manifest.name!r} was made for {ref.id!r}; the given model has the same architecture but "
+                f"other weights; give the model {ref.id!r}, unmerged and of the same revision"
+            )
+
+    def evidence(self) -> list[dict[str, Any]]:
+        """Lines of evidence.jsonl; empty if the package was made without documents."""
+        file = self.path / EVIDENCE
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+    def relabel(self, atom: str, alias: str | None) -> Package:
+        """Gives an atom another alias (None removes it) and returns the package as it is now.
+
+        Raises UnknownAtomError, PackageError if the alias is another atom's name or could be taken for a mix.
+        """
+        target = self.card(atom)
+        if alias is not None:
+            _check_alias(alias, self._by_name.get(alias), target)
+        return self.update([card.model_copy(update={"alias": alias}) if card is target else card
+                            for card in self.manifest.atoms])  # fmt: skip
+
+    def update(self, cards: list[AtomCard]) -> Package:
+        """Rewrites the manifest with new cards (labels, measured effects), atomically. Tensors are untouched."""
+        manifest = self.manifest.model_copy(update={"atoms": cards}).sealed()
+        write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
+        return Package(self.path, manifest)
+
+    def export(self, mix: Mix, out: Path, *, onto: str = "raw", replace: bool = False) -> None:
+        """Writes `mix` as one PEFT adapter, relative to the raw base (``raw``) or to the base with θ0 merged (``merged``).
+
+        Raises MixError for an empty mix on merged θ0 (nothing to export), StorageError.
+        """
+        base, direction = self.base_adapter, self.bank.direction(mix) if mix else None
+        if direction is None and onto == "merged":
+            raise MixError("the mix is empty: on merged θ0 it adds nothing; export it onto the raw base to get θ0")
+        if direction is None:
+            delta = adapter_delta(base)
+        elif onto == "merged":
+            delta = compose(base, direction, self.composition)
+        else:
+            delta = compose_on_raw_base(base, direction, self.composition)
+        with new_directory(out, replace=replace) as directory:
+            write_adapter(directory, delta, base.targets, self.manifest.base_model.id)
+
+    def _read_atom(self, card: AtomCard, base: Adapter) -> dict[str, Tensor]:
+        delta = read_delta(self.path / "atoms" / card.id)
+        if delta.keys() != {module.name for module in base.space.modules}:
+            raise WrongBaseError(f"atom {card.id} adapts other modules than the base adapter; restore the package")
+        for module in base.space.modules:
+            factors = delta[module.name]
+            a0, b0 = base.tensors[module.key_a], base.tensors[module.key_b]
+            r = module.rank
+            if not torch.equal(factors.lora_A[r:], a0) or not torch.equal(factors.lora_B[:, :r], b0):
+                raise WrongBaseError(f"atom {card.id} was made on another base adapter ({module.name} differs)")
+        direction = split_linear(base, delta)
+        if base.space.hash_tensors(direction) != card.content_hash:
+            raise PackageCorruptError(f"atom {card.id} is not the one that its card describes; restore the package")
+        return direction
+
+
+def atom_id(content_hash: str) -> str:
+    return f"a-{content_hash[:8]}"
+
+
+@dataclass(frozen=True)
+class PackageContents:
+    """All that goes into a package; `cards` and `directions` in one order. `files` are the optional texts by name."""
+
+    manifest: Manifest
+    base: Adapter
+    directions: Mapping[str, Direction]
+    drift: Mapping[str, Tensor]
+    projection: Mapping[str, Tensor]
+    texts: Mapping[str, str]
+
+
+def write_package(path: Path, contents: PackageContents, *, replace: bool = False) -> Package:
+    """Writes a package to a temporary directory, syncs it, renames it to `path`. Raises StorageError."""
+    targets, model_id = contents.base.targets, contents.manifest.base_model.id
+    with new_directory(path, replace=replace) as directory:
+        write_adapter(directory / "base", adapter_delta(contents.base), targets, model_id)
+        for atom, direction in contents.directions.items():
+            write_adapter(directory / "atoms" / atom, compose(contents.base, direction, "linear"), targets, model_id)
+        write_tensors(directory / DRIFT, contents.drift)
+        write_tensors(directory / PROJECTION, contents.projection)
+        for name, text in contents.texts.items():
+            write_bytes(directory / name, text.encode())
+        files = {name: sha256_file(directory / name) for name in _list_files(directory)}
+        manifest = contents.manifest.model_copy(update={"files": files}).sealed()
+        write_json(directory / MANIFEST, manifest.model_dump(mode="json"))
+    return Package(path, manifest)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise PackageError(f"{path} is not an atomsteer package: it has no {MANIFEST}; make one with `atomsteer discover`")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and data.get("format_version") != FORMAT_VERSION:
+            raise PackageError(
+                f"{path} has package format {data.get('format_version')!r}; this version reads format {FORMAT_VERSION}"
+            )
+        manifest = Manifest.model_validate(data)
+    except (ValidationError, ValueError) as error:
+        raise PackageCorruptError(f"{file} cannot be read: {error}; restore the package from its source") from error
+    if manifest.content_hash != manifest.compute_content_hash():
+        raise PackageCorruptError(f"{file} was edited: its content hash does not match; restore it from its source")
+    aliases = [card.alias for card in manifest.atoms if card.alias]
+    if len(set(aliases)) != len(aliases):
+        raise PackageCorruptError(f"{file} gives one alias to two atoms; rename one with `atomsteer label`")
+    return manifest
+
+
+def _verify_files(path: Path, manifest: Manifest) -> None:
+    present = set(_list_files(path)) - {MANIFEST}
+    if missing := manifest.files.keys() - present:
+        raise PackageCorruptError(f"{path} lacks {sorted(missing)[0]} (and {len(missing) - 1} more files); copy it again")
+    if extra := present - manifest.files.keys():
+        raise PackageCorruptError(f"{path} has {sorted(extra)[0]}, which its manifest does not list; remove it")
+    for name, expected in manifest.files.items():
+        if sha256_file(path / name) != expected:
+            raise PackageCorruptError(f"{path / name} was truncated or edited: its sha256 is not the manifest's; copy it again")
+
+
+def _list_files(path: Path) -> list[str]:
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+
+
+def _check_alias(alias: str, owner: AtomCard | None, target: AtomCard) -> None:
+    if owner is not None and owner is not target:
+        raise PackageError(f"{alias!r} is already the name of atom {owner.id}; aliases are unique")
+    allowed = alias.replace("-", "").replace("_", "").replace(".", "")
+    if not allowed.isalnum() or not alias[0].isalnum() or len(alias) > 64:
+        raise PackageError(f"alias {alias!r} must be 1-64 letters, digits, '-', '_' or '.', starting with a letter or digit")
+    if alias.startswith("a-"):
+        raise PackageError(f"alias {alias!r} looks like an atom id; choose one that does not begin with 'a-'")
+
+

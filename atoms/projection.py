@@ -1,0 +1,176 @@
+"""Whitening, coding and unprojection as pure tensor functions. Knows matrices, not models or documents.
+
+Symbols, for one LoRA matrix with gradient G (o, i) = δᵀx
+    Q_S, Q_A   eigenvectors of the output-gradient and activation covariances (the EKFAC eigenbasis)
+    λ_oi       Fisher per token in that basis, from sampled labels
+    ε          damping × mean λ of the matrix
+    kept       the k components (o, i) of largest λ
+and over all matrices
+    x = (Λ+ε)^{-1/2} Qᵀ g           the whitened row, (D,), D = Σ k
+    x̃ = (x − μ) / ‖x − μ‖           centred and normalised; n = ‖x − μ‖
+    D, a                            dictionary (K, D) of unit atoms d, and codes (N, K)
+    v = −Q (Λ+ε)^p d                unprojection; p = −½ is the natural step, p = +½ the paper's direction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atoms.space import Direction, LoRASpace
+
+
+@dataclass(frozen=True)
+class MatrixBasis:
+    """Kept eigencomponents of one LoRA matrix: component c is (q_out[:, out_index[c]], q_in[:, in_index[c]]).
+
+    q_out (o, m_o) and q_in (i, m_i) hold only the columns that some kept component uses; eigenvalues (k,); ε a float.
+    """
+
+    q_out: Tensor
+    q_in: Tensor
+    out_index: Tensor
+    in_index: Tensor
+    eigenvalues: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, q_out: Tensor, q_in: Tensor, eigenvalues: Tensor, components: int, damping: float) -> MatrixBasis:
+        """Keeps the `components` largest of the (o, i) grid `eigenvalues`; negatives are clamped to 0 first."""
+        grid = eigenvalues.clamp_min(0)
+        k = min(components, grid.numel())
+        order = torch.argsort(grid.reshape(-1), descending=True, stable=True)[:k]
+        out_kept, out_index = torch.unique(order // grid.shape[1], return_inverse=True)
+        in_kept, in_index = torch.unique(order % grid.shape[1], return_inverse=True)
+        epsilon = max(damping * float(grid.mean()), torch.finfo(torch.float32).tiny)
+        return cls(q_out[:, out_kept].float(), q_in[:, in_kept].float(), out_index, in_index,
+                   grid.reshape(-1)[order].float(), epsilon)  # fmt: skip
+
+    @property
+    def k(self) -> int:
+        return self.eigenvalues.numel()
+
+    def power(self, exponent: float) -> Tensor:
+        """(Λ+ε)^exponent on the kept components, (k,)."""
+        return (self.eigenvalues + self.epsilon) ** exponent
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """Whitened components (…, k) of gradients (…, o, i).
+
+        For rank-r LoRA the gradient of a document is r·d numbers, fewer than its rotated tokens, so G comes first.
+        """
+        rotated = self.q_out.T @ gradient @ self.q_in  # (…, m_o, m_i)
+        return rotated[..., self.out_index, self.in_index] * self.power(-0.5)
+
+    def unproject(self, row: Tensor, exponent: float) -> Tensor:
+        """−Q (Λ+ε)^p d for this matrix, (o, i)."""
+        core = row.new_zeros((self.q_out.shape[1], self.q_in.shape[1]))
+        core[self.out_index, self.in_index] = -row * self.power(exponent)
+        return self.q_out @ core @ self.q_in.T
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The kept eigenbasis of every LoRA matrix, in the coordinate order of `space`."""
+
+    space: LoRASpace
+    bases: Mapping[str, MatrixBasis]
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a whitened row."""
+        return sum(self.bases[tensor.key].k for tensor in self.space.tensors)
+
+    def slices(self) -> Iterator[tuple[str, slice]]:
+        """(tensor key, its slice of a row) in coordinate order."""
+        start = 0
+        for tensor in self.space.tensors:
+            stop = start + self.bases[tensor.key].k
+            yield tensor.key, slice(start, stop)
+            start = stop
+
+    def project(self, gradient: Direction) -> Tensor:
+        """Whitened row (D,) of a full gradient: (Λ+ε)^{-1/2} Qᵀ g."""
+        self.space.check(gradient, "gradient")
+        return torch.cat([self.bases[tensor.key].project(gradient[tensor.key].float()) for tensor in self.space.tensors])
+
+    def unproject(self, row: Tensor, exponent: float) -> dict[str, Tensor]:
+        """v = −Q (Λ+ε)^p d of one row (D,), per tensor."""
+        return {key: self.bases[key].unproject(row[part], exponent) for key, part in self.slices()}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat form for safetensors; `from_tensors` reads it back."""
+        tensors = {}
+        for key, basis in self.bases.items():
+            tensors[f"{key}.q_out"], tensors[f"{key}.q_in"] = basis.q_out, basis.q_in
+            tensors[f"{key}.index"] = torch.stack([basis.out_index, basis.in_index])
+            tensors[f"{key}.eigenvalues"] = basis.eigenvalues
+            tensors[f"{key}.epsilon"] = torch.tensor(basis.epsilon, dtype=torch.float64)
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, space: LoRASpace, tensors: Mapping[str, Tensor]) -> Projection:
+        """Raises KeyError if `tensors` lacks a matrix of `space`."""
+        bases = {}
+        for tensor in space.tensors:
+            key = tensor.key
+            out_index, in_index = tensors[f"{key}.index"]
+            bases[key] = MatrixBasis(tensors[f"{key}.q_out"], tensors[f"{key}.q_in"], out_index, in_index,
+                                     tensors[f"{key}.eigenvalues"], float(tensors[f"{key}.epsilon"]))  # fmt: skip
+        return cls(space, bases)
+
+
+def normalise_rows(rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """x̃ (N, D) and n (N,) of whitened rows; a row equal to the mean stays zero."""
+    centred = rows - mean
+    norms = centred.norm(dim=1)
+    return centred / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], norms
+
+
+def sparse_codes(
+    rows: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
+) -> Tensor:
+    """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁ by FISTA on the Gram matrix, with adaptive restart.
+
+    rows (N, D), dictionary (K, D). Beck & Teboulle 2009; restart of O'Donoghue & Candès 2015. Stops when no code
+    changes by more than `tolerance`.
+    """
+    gram, target = dictionary @ dictionary.T, rows @ dictionary.T  # (K, K), (N, K)
+    step = 1.0 / float(torch.linalg.eigvalsh(gram.double())[-1].clamp_min(1e-12))
+    codes = torch.zeros_like(target)
+    momentum, t = codes, 1.0
+    for _ in range(iterations):
+        updated = _shrink(momentum - step * (momentum @ gram - target), step * alpha, nonnegative)
+        change = updated - codes
+        if float(((momentum - updated) * change).sum()) > 0:  # the objective went up: restart the momentum
+            t = 1.0
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        momentum, codes, t = updated + (t - 1) / t_next * change, updated, t_next
+        if float(change.abs().max()) < tolerance:
+            break
+    return codes
+
+
+def objective(rows: Tensor, codes: Tensor, dictionary: Tensor, alpha: float) -> Tensor:
+    """½‖x − a D‖² + α‖a‖₁ per row, (N,)."""
+    residual = rows - codes @ dictionary
+    return 0.5 * residual.square().sum(1) + alpha * codes.abs().sum(1)
+
+
+def duality_gap(rows: Tensor, codes: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool) -> Tensor:
+    """Primal minus dual value per row, (N,), ≥ 0: how far the codes can be from optimal at this dictionary."""
+    residual = rows - codes @ dictionary
+    correlation = residual @ dictionary.T
+    worst = (correlation if nonnegative else correlation.abs()).max(dim=1).values.clamp_min(0)
+    scale = (alpha / worst.clamp_min(1e-12)).clamp_max(1.0)[:, None]  # makes the residual feasible for the dual
+    dual = 0.5 * rows.square().sum(1) - 0.5 * (rows - scale * residual).square().sum(1)
+    return objective(rows, codes, dictionary, alpha) - dual
+
+
+def _shrink(values: Tensor, threshold: float, nonnegative: bool) -> Tensor:
+    if nonnegative:
+        return (values - threshold).clamp_min(0)
+    return values.sign() * (values.abs() - threshold).clamp_min(0)

@@ -1,0 +1,201 @@
+"""Strength in nats: scale every atom so that coefficient ±1 costs 0.05 nats a token, and measure how atoms interact.
+
+KL(unsteered ‖ steered) is averaged over the tokens of the unsteered model's own continuations of neutral prompts. With
+δz_j the change of the logits at coefficient 1,
+    M_jk = mean over tokens of cov_p(δz_j, δz_k),      KL(mix) ≈ ½ cᵀMc,
+the exact Fisher inner products of the atoms, cross-matrix terms included. δz_j is the central difference
+(z(+1) − z(−1)) / 2, whose two forward passes also give the KL at ±1.
+
+All forwards run on the steered model (θ0 merged, deltas beside the weights): what is measured is what is served.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from atoms.adapter import Adapter, Composition, Delta, compose
+from atoms.manifest import UNIT_NATS, Orientation
+from atoms.model import encode_prompt, stop_token_ids
+from atoms.projection import Projection
+from atoms.space import Direction
+from atoms.steered import SteeredModel
+from offline.config import CalibrateConfig
+from offline.corpus import Batch, EncodedDocument, collate, plan_batches
+from offline.gradients import label_logits, mean_losses
+from offline.progress import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SCALE_TOLERANCE = 0.05
+_MAX_SCALE_STEPS = 5
+_DELTA_LOGITS_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A direction scaled so that its KL at ±1 averages 0.05 nats, and the measured curve {coefficient: nats a token}."""
+
+    direction: Direction
+    curve: Mapping[float, float]
+
+
+class DriftMeter:
+    """Measures KL and logit changes on fixed continuations, batch by batch. The unsteered log-probabilities are kept."""
+
+    def __init__(self, steered: SteeredModel, base: Adapter, composition: Composition, batches: Sequence[Batch]) -> None:
+        self.steered, self.base, self.composition, self.batches = steered, base, composition, batches
+        self.tokens = sum(len(batch.labels) for batch in batches)
+        self._unsteered = [self._log_probs(batch, None) for batch in batches]
+
+    def kl(self, direction: Direction, coefficient: float = 1.0) -> float:
+        """KL(unsteered ‖ steered) at `coefficient`, nats a token."""
+        return self.kl_of(self.delta(direction, coefficient))
+
+    def kl_of(self, delta: Delta) -> float:
+        """KL of an arbitrary delta on top of merged θ0, nats a token."""
+        total = 0.0
+        for batch, base in zip(self.batches, self._unsteered, strict=True):
+            total += float((base.exp() * (base - self._log_probs(batch, delta))).sum().double())
+        return total / self.tokens
+
+    def drift_matrix(self, directions: Sequence[Direction], task: Task) -> Tensor:
+        """M (J, J) float32 at coefficient 1. Token chunks bound the memory of the J logit changes."""
+        count = len(directions)
+        total = torch.zeros(count, count, dtype=torch.float64)
+        for batch, base in zip(self.batches, self._unsteered, strict=True):
+            for chunk in _split_batch(batch, _DELTA_LOGITS_BYTES // max(1, count * base.shape[1] * 4)):
+                total += self._chunk_gram(chunk, directions)
+                task.advance(len(chunk.documents))
+        return (total / self.tokens).float()
+
+    def _chunk_gram(self, batch: Batch, directions: Sequence[Direction]) -> Tensor:
+        log_p = self._log_probs(batch, None)  # (n, V)
+        p = log_p.exp()
+        changes = []
+        for direction in directions:
+            plus = self._log_probs(batch, self.delta(direction, 1.0))
+            minus = self._log_probs(batch, self.delta(direction, -1.0))
+            change = (plus - minus) / 2  # equals δz up to a constant a token, which the covariance removes
+            change -= (p * change).sum(1, keepdim=True)
+            changes.append((change * p.sqrt()).flatten())
+        stacked = torch.stack(changes)  # (J, n·V)
+        return (stacked @ stacked.T).double()
+
+    def delta(self, direction: Direction, coefficient: float) -> Delta:
+        return compose(self.base, {key: value * coefficient for key, value in direction.items()}, self.composition)
+
+    @torch.inference_mode()
+    def _log_probs(self, batch: Batch, delta: Delta | None) -> Tensor:
+        self.steered.set_slot(0, delta)
+        with self.steered.rows([0] * len(batch.documents)):
+            return torch.log_softmax(label_logits(self.steered.model, batch), dim=-1)
+
+
+def calibrate_atom(meter: DriftMeter, projection: Projection, atom: Tensor, config: CalibrateConfig) -> Calibrated:
+    """Unprojects an atom (D,) and scales it until the KL at ±1 averages 0.05 nats within 5%.
+
+    Starts from the block-diagonal Fisher, ½ η² Σ λ (λ+ε)^{2p} d², and corrects by the square root of what is measured.
+    """
+    direction = projection.unproject(atom, config.exponent)
+    scale = math.sqrt(2 * UNIT_NATS / max(fisher_norm(projection, atom, config.exponent), 1e-30))
+    for _ in range(_MAX_SCALE_STEPS):
+        scaled = {key: value * scale for key, value in direction.items()}
+        up, down = meter.kl(scaled, 1.0), meter.kl(scaled, -1.0)
+        mean = (up + down) / 2
+        if abs(mean / UNIT_NATS - 1) <= _SCALE_TOLERANCE:
+            break
+        scale *= min(4.0, max(0.25, math.sqrt(UNIT_NATS / max(mean, 1e-9))))
+    curve = {-1.0: down, 1.0: up, 0.0: 0.0}
+    for coefficient in config.coefficients:
+        if coefficient not in curve:
+            curve[coefficient] = meter.kl(scaled, coefficient)
+    return Calibrated(scaled, dict(sorted(curve.items())))
+
+
+def fisher_norm(projection: Projection, atom: Tensor, exponent: float) -> float:
+    """vᵀFv of the unprojected atom under the block-diagonal Fisher of the kept components."""
+    total = 0.0
+    for key, part in projection.slices():
+        basis = projection.bases[key]
+        total += float((basis.eigenvalues * basis.power(2 * exponent) * atom[part].square()).sum())
+    return total
+
+
+def orient(
+    meter: DriftMeter, calibrated: Calibrated, documents: Sequence[EncodedDocument], batch_tokens: int
+) -> tuple[Calibrated, Orientation] | None:
+    """Checks that +1 lowers the loss on the atom's held-out documents; flips the atom if −1 does, drops it if neither.
+
+    Returns the oriented atom and its evidence, or None if it is to be dropped.
+    """
+    unsteered = _mean_loss(meter, documents, None, batch_tokens)
+    plus = _mean_loss(meter, documents, meter.delta(calibrated.direction, 1.0), batch_tokens)
+    if plus < unsteered:
+        return calibrated, _orientation(documents, unsteered, plus)
+    minus = _mean_loss(meter, documents, meter.delta(calibrated.direction, -1.0), batch_tokens)
+    if minus >= unsteered:
+        return None
+    flipped = Calibrated(
+        {key: -value for key, value in calibrated.direction.items()},
+        dict(sorted((0.0 - c, kl) for c, kl in calibrated.curve.items())),
+    )
+    return flipped, _orientation(documents, unsteered, minus)
+
+
+def continuations(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, seed: int
+) -> list[EncodedDocument]:
+    """The unsteered model's own sampled continuations (temperature 1) of `prompts`, as documents with them as responses."""
+    stops = stop_token_ids(model, tokenizer)
+    documents = []
+    for row, prompt in enumerate(prompts):
+        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+        torch.manual_seed(seed * 1_000_003 + row)
+        with torch.inference_mode():
+            output = model.generate(
+                torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), device=model.device),
+                do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens, pad_token_id=next(iter(stops), 0),
+            )  # fmt: skip
+        response = output[0, len(ids) :].tolist()
+        end = next((i + 1 for i, token in enumerate(response) if token in stops), len(response))
+        documents.append(EncodedDocument(row, tuple(ids), tuple(response[:end])))
+    return documents
+
+
+def make_batches(documents: Sequence[EncodedDocument], batch_tokens: int, device: torch.device) -> list[Batch]:
+    return [collate(group).to(device) for group in plan_batches(documents, batch_tokens)]
+
+
+def _mean_loss(meter: DriftMeter, documents: Sequence[EncodedDocument], delta: Delta | None, batch_tokens: int) -> float:
+    """Mean over documents of the mean response-token cross-entropy, nats a token."""
+    meter.steered.set_slot(0, delta)
+    total = 0.0
+    with torch.inference_mode():
+        for batch in make_batches(documents, batch_tokens, meter.batches[0].labels.device):
+            with meter.steered.rows([0] * len(batch.documents)):
+                total += float(mean_losses(label_logits(meter.steered.model, batch), batch).sum())
+    return total / len(documents)
+
+
+def _orientation(documents: Sequence[EncodedDocument], unsteered: float, steered: float) -> Orientation:
+    return Orientation(n_documents=len(documents), loss_unsteered=unsteered, loss_at_plus_one=steered)
+
+
+def _split_batch(batch: Batch, max_labels: int) -> list[Batch]:
+    """Splits a batch by documents so that no part has more than `max_labels` label positions (at least one document)."""
+    groups: list[list[EncodedDocument]] = [[]]
+    size = 0
+    for document in batch.documents:
+        if groups[-1] and size + len(document.response_ids) > max_labels:
+            groups.append([])
+            size = 0
+        groups[-1].append(document)
+        size += len(document.response_ids)
+    return [collate(group).to(batch.labels.device) for group in groups]

@@ -1,0 +1,143 @@
+"""Settings of a discovery run: frozen, validated on construction, recorded with the package.
+
+Each stage gets its own part, and a stage's results are reused when its part and all that it depends on are unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atoms.adapter import Composition
+from atoms.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneConfig:
+    """The LoRA fine-tune that makes θ0 when no adapter is given. `epochs` may be a fraction."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    batch_documents: int = 16
+    checkpoint_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank", self.rank, "at least 1")
+        _require(bool(self.target_modules), "target_modules", self.target_modules, "at least one module name")
+        _require(0 < self.epochs <= 100, "epochs", self.epochs, "above 0 and at most 100")
+        _require(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "above 0 and at most 1")
+        _require(self.batch_documents >= 1, "batch_documents", self.batch_documents, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class CurvatureConfig:
+    """The EKFAC eigenbasis. Factors and λ are fitted on samples of the documents, with labels sampled from the model."""
+
+    factor_documents: int = 96
+    eigenvalue_documents: int = 192
+    components: int = 50
+    damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.factor_documents >= 1, "factor_documents", self.factor_documents, "at least 1")
+        _require(self.eigenvalue_documents >= 1, "eigenvalue_documents", self.eigenvalue_documents, "at least 1")
+        _require(self.components >= 1, "components", self.components, "at least 1")
+        _require(self.damping > 0, "damping", self.damping, "above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class DictionaryConfig:
+    """Sparse dictionary learning. `atoms` None chooses one atom per 12 documents, within 8 … 500."""
+
+    atoms: int | None = None
+    alpha: float = 0.1
+    nonnegative: bool = True
+    iterations: int = 40
+    held_out: float = 0.15
+
+    def __post_init__(self) -> None:
+        _require(self.atoms is None or self.atoms >= 1, "atoms", self.atoms, "at least 1")
+        _require(0 < self.alpha < 1, "alpha", self.alpha, "between 0 and 1 (rows have unit length)")
+        _require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
+        _require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
+
+
+@dataclass(frozen=True, slots=True)
+class SelectConfig:
+    """Which dictionary atoms go on to calibration: supported, coherent against chance, not near-duplicates; best first."""
+
+    keep: int = 24
+    min_documents: int = 6
+    min_z: float = 3.0
+    max_cosine: float = 0.8
+    top_documents: int = 20
+
+    def __post_init__(self) -> None:
+        _require(self.keep >= 1, "keep", self.keep, "at least 1")
+        _require(self.min_documents >= 2, "min_documents", self.min_documents, "at least 2")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateConfig:
+    """Unprojection exponent p, composition, and the neutral continuations on which KL is measured."""
+
+    exponent: float = 0.5
+    composition: Composition = "linear"
+    prompts: int = 16
+    continuation_tokens: int = 24
+    coefficients: tuple[float, ...] = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
+    orientation_documents: int = 6
+
+    def __post_init__(self) -> None:
+        _require(-0.5 <= self.exponent <= 0.5, "exponent", self.exponent, "within -0.5 and 0.5")
+        _require(self.composition in ("linear", "parameter"), "composition", self.composition, "linear or parameter")
+        _require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
+        _require(self.continuation_tokens >= 1, "continuation_tokens", self.continuation_tokens, "at least 1")
+        _require({-1.0, 1.0} <= set(self.coefficients), "coefficients", self.coefficients, "a list with -1 and 1")
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoverConfig:
+    """Everything that `discover` needs. `data` is a file of documents; `out` the package to write."""
+
+    model: str
+    data: Path
+    out: Path
+    adapter: Path | None = None
+    revision: str | None = None
+    work: Path | None = None
+    name: str | None = None
+    version: str = "1"
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    max_length: int = 512
+    batch_tokens: int = 1024
+    skip_bad_lines: bool = False
+    limit: int | None = None
+    include_documents: bool = True
+    force: bool = False
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    dictionary: DictionaryConfig = field(default_factory=DictionaryConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
+        _require(self.batch_tokens >= 64, "batch_tokens", self.batch_tokens, "at least 64")
+        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+
+    @property
+    def work_dir(self) -> Path:
+        """Where stages keep their results, so that a run can resume."""
+        return self.work or self.out.with_name(self.out.name + ".work")
+
+
+def _require(condition: bool, name: str, value: object, limit: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; it must be {limit}")

@@ -1,0 +1,129 @@
+"""The EKFAC eigenbasis of LoRA space: the Fisher per token, from labels sampled from the model.
+
+For each matrix, over a sample of documents:
+    factors      activation covariance Σ x xᵀ over all real tokens, output-gradient covariance Σ δ δᵀ; eigenvectors Q_A, Q_S
+    eigenvalues  λ_oi = Σ_i (q_oᵀ G_i q_i)² / Σ_i T_i,  G_i the *summed* sampled-label gradient of document i
+
+For independent sampled labels E[s sᵀ] of a sum over T tokens is T times the Fisher per token, hence the division by the
+token count. Labels of a document depend on the seed and its row alone, so both passes see the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from atoms.projection import MatrixBasis, Projection
+from atoms.space import LoRASpace
+from offline.config import CurvatureConfig
+from offline.corpus import Batch, EncodedDocument, collate, plan_batches
+from offline.gradients import Sink, gradient_hooks, label_logits, sum_losses
+from offline.progress import Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def fit_factors(
+    model: PeftModel, space: LoRASpace, documents: Sequence[EncodedDocument], batch_tokens: int, seed: int, progress: Progress
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Eigenvectors (Q_S (o, o), Q_A (i, i)) float32 of every matrix's covariances; eigh in float64."""
+    sink = CovarianceSink(space)
+    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "factors", before=sink.start)
+    return {tensor.key: (_eigenvectors(sink.out[tensor.key]), _eigenvectors(sink.inp[tensor.key])) for tensor in space.tensors}
+
+
+def fit_eigenvalues(
+    model: PeftModel,
+    space: LoRASpace,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    documents: Sequence[EncodedDocument],
+    batch_tokens: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """λ (o, i) float64 of every matrix, in nats a token per squared unit of parameter."""
+    sink = EigenvalueSink(factors)
+    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "eigenvalues")
+    tokens = sum(len(document.response_ids) for document in documents)
+    return {key: total / tokens for key, total in sink.squares.items()}
+
+
+def fit_projection(
+    space: LoRASpace, factors: dict[str, tuple[Tensor, Tensor]], eigenvalues: dict[str, Tensor], config: CurvatureConfig
+) -> Projection:
+    """Keeps the `components` largest eigenvalues of every matrix."""
+    return Projection(space, {
+        key: MatrixBasis.of(q_out, q_in, eigenvalues[key], config.components, config.damping)
+        for key, (q_out, q_in) in factors.items()
+    })  # fmt: skip
+
+
+def sampled_pass(model, space, documents, batch_tokens, seed, sink: Sink, task, name: str, before=None) -> None:
+    """One backward pass a batch of the summed cross-entropy of sampled labels; `sink` sees every matrix."""
+    device = model.device
+    with gradient_hooks(model, space, sink), task(name, len(documents), "documents") as bar:
+        for group in plan_batches(documents, batch_tokens):
+            batch = collate(group).to(device)
+            if before:
+                before(batch)
+            logits = label_logits(model, batch)
+            sum_losses(logits, batch, sample_labels(logits.detach(), batch, seed)).sum().backward()
+            bar.advance(len(group))
+
+
+def sample_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
+    """(n,) labels drawn from the model's own next-token distributions; per document from (seed, row) alone."""
+    probabilities = torch.softmax(logits, dim=-1).cpu()
+    labels, start = [], 0
+    for document in batch.documents:
+        stop = start + len(document.response_ids)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + document.row)
+        labels.append(torch.multinomial(probabilities[start:stop], 1, generator=generator).squeeze(1))
+        start = stop
+    return torch.cat(labels).to(logits.device)
+
+
+class CovarianceSink:
+    """Sums Σ x xᵀ (i, i) and Σ δ δᵀ (o, o) over tokens in float64. Padding has δ = 0, and is masked out of x."""
+
+    def __init__(self, space: LoRASpace) -> None:
+        self.out = {t.key: torch.zeros(t.shape[0], t.shape[0], dtype=torch.float64) for t in space.tensors}
+        self.inp = {t.key: torch.zeros(t.shape[1], t.shape[1], dtype=torch.float64) for t in space.tensors}
+        self._mask: Tensor | None = None
+
+    def start(self, batch: Batch) -> None:
+        """Tells the sink which positions of the next backward pass are real tokens."""
+        self._mask = batch.attention_mask.bool()
+
+    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
+        tokens, gradients = x[self._mask], delta[self._mask]  # (tokens, i), (tokens, o)
+        self.inp[key] += (tokens.T @ tokens).cpu()
+        self.out[key] += (gradients.T @ gradients).cpu()
+
+
+class EigenvalueSink:
+    """Sums (q_oᵀ G_i q_i)² over documents, (o, i) float64 a matrix."""
+
+    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.factors = factors
+        self.squares = {
+            key: torch.zeros(q_out.shape[0], q_in.shape[0], dtype=torch.float64) for key, (q_out, q_in) in factors.items()
+        }
+
+    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
+        q_out, q_in = (q.to(x.device) for q in self.factors[key])
+        gradients = torch.einsum("bto,bti->boi", delta, x)
+        rotated = torch.einsum("op,boi->bpi", q_out, gradients) @ q_in  # (b, o, i) in the eigenbasis
+        self.squares[key] += rotated.square().sum(0).double().cpu()
+
+
+def _eigenvectors(covariance: Tensor) -> Tensor:
+    """Orthonormal columns, largest eigenvalue first, each with its largest entry positive (so that reruns agree)."""
+    _, vectors = torch.linalg.eigh(covariance)
+    vectors = vectors.flip(1)
+    pivots = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return (vectors * pivots.sign()).float()

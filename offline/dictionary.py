@@ -1,0 +1,130 @@
+"""Sparse dictionary learning on whitened rows: min ½‖X − A D‖² + α‖A‖₁ over codes A (≥ 0) and unit atoms D.
+
+Alternates codes (FISTA, `atoms.projection.sparse_codes`) with exact block updates of one atom after the other. Only AᵀA
+(K, K) and AᵀX (K, D) are kept between the two, and both add up over shards and ranks, so memory does not grow with N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atoms.projection import duality_gap, objective, sparse_codes
+from offline.config import DictionaryConfig
+from offline.progress import Progress
+from offline.rows import RowStore
+
+_TOLERANCE = 1e-4
+_REVIVE_UNTIL = 0.6
+"""Dead atoms are revived in the first 60% of the iterations, so that the last ones converge."""
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """Unit atoms (K, D), the objective a row after each iteration, and the mean duality gap of the last codes."""
+
+    atoms: Tensor
+    objectives: tuple[float, ...]
+    duality_gap: float
+
+
+@dataclass
+class _Statistics:
+    """Sums over rows: AᵀA, AᵀX, objective, duality gap; and the worst-explained rows, candidates to revive atoms."""
+
+    gram: Tensor
+    cross: Tensor
+    objective: float = 0.0
+    gap: float = 0.0
+    count: int = 0
+    worst: list[tuple[float, int]] | None = None
+
+
+def default_atoms(documents: int) -> int:
+    """One atom per 12 documents, within 8 … 500: far more than there are behaviours splinters them."""
+    return max(8, min(500, documents // 12))
+
+
+def learn_dictionary(
+    store: RowStore, documents: Sequence[int], config: DictionaryConfig, seed: int, progress: Progress, name: str = "dictionary"
+) -> Dictionary:
+    """Learns from the rows of `documents`; deterministic for a seed. Stops early when the objective settles."""
+    count = min(config.atoms or default_atoms(len(documents)), len(documents))
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(len(documents), generator=generator)[:count]
+    atoms = _unit(store.rows([documents[int(i)] for i in picks]))
+    objectives: list[float] = []
+    with progress.task(name, config.iterations, "iterations") as bar:
+        for iteration in range(config.iterations):
+            statistics = _accumulate(store, documents, atoms, config)
+            objectives.append(statistics.objective / statistics.count)
+            settled = len(objectives) > 5 and objectives[-2] - objectives[-1] < _TOLERANCE * objectives[-1]
+            reviving = iteration < _REVIVE_UNTIL * config.iterations
+            bar.advance(1, f"objective {objectives[-1]:.4f}")
+            if iteration == config.iterations - 1 or (settled and not reviving):
+                bar.advance(config.iterations - 1 - iteration)
+                break
+            atoms = update_atoms(atoms, statistics.gram, statistics.cross)
+            if reviving:
+                atoms = _revive(atoms, statistics, store)
+    return Dictionary(atoms, tuple(objectives), statistics.gap / statistics.count)
+
+
+def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> tuple[Tensor, Tensor]:
+    """(document numbers (n,), codes (n, K)), both in ascending order of document."""
+    numbers, codes = [], []
+    for block, rows in store.blocks(documents):
+        numbers.append(block)
+        codes.append(sparse_codes(rows, atoms, config.alpha, nonnegative=config.nonnegative))
+    order = torch.argsort(torch.cat(numbers))
+    return torch.cat(numbers)[order], torch.cat(codes)[order]
+
+
+def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """One Gauss-Seidel sweep: each unit atom is set to its exact minimiser d_j ∝ AᵀX_j − Σ_{k≠j} AᵀA_jk d_k.
+
+    atoms (K, D), gram AᵀA (K, K), cross AᵀX (K, D). Atoms that no row uses are left as they are.
+    """
+    atoms = atoms.clone()
+    for j in range(len(atoms)):
+        if gram[j, j] <= 0:
+            continue
+        candidate = cross[j] - gram[j] @ atoms + gram[j, j] * atoms[j]
+        norm = candidate.norm()
+        if norm > 0:
+            atoms[j] = candidate / norm
+    return atoms
+
+
+def _accumulate(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> _Statistics:
+    count, dim = atoms.shape
+    total = _Statistics(torch.zeros(count, count), torch.zeros(count, dim), worst=[])
+    for numbers, rows in store.blocks(documents):
+        codes = sparse_codes(rows, atoms, config.alpha, nonnegative=config.nonnegative)
+        losses = objective(rows, codes, atoms, config.alpha)
+        total.gram += codes.T @ codes
+        total.cross += codes.T @ rows
+        total.objective += float(losses.double().sum())
+        total.gap += float(duality_gap(rows, codes, atoms, config.alpha, nonnegative=config.nonnegative).double().sum())
+        total.count += len(rows)
+        candidates = [*(total.worst or []), *zip(losses.tolist(), numbers.tolist(), strict=True)]
+        total.worst = sorted(candidates, reverse=True)[:count]
+    return total
+
+
+def _revive(atoms: Tensor, statistics: _Statistics, store: RowStore) -> Tensor:
+    """Puts the worst-explained rows in the place of atoms that no row uses."""
+    dead = (statistics.gram.diagonal() <= 0).nonzero().flatten().tolist()
+    if not dead:
+        return atoms
+    replacements = [document for _, document in statistics.worst or []][: len(dead)]
+    atoms = atoms.clone()
+    atoms[dead[: len(replacements)]] = _unit(store.rows(replacements))
+    return atoms
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,0 +1,104 @@
+"""Per-document LoRA gradients for a whole batch, from one forward and one backward pass.
+
+Hooks on every lora_A and lora_B linear see the inputs x (b, t, i) and, in the backward pass, the output gradients
+δ (b, t, o). Per document and matrix G = Σ_t δ_t x_tᵀ = einsum("bto,bti->boi"). A *sink* consumes (x, δ) at once, so
+neither N×d nor b×d need exist. Padding is on the right and carries no loss, hence δ = 0 there.
+
+Rows and losses use the mean over response tokens; curvature uses sums (see offline/curvature.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from atoms.space import LoRASpace
+from offline.corpus import Batch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Sink = Callable[[str, Tensor, Tensor], None]
+"""Called as sink(tensor key, x (b, t, i), δ (b, t, o)), once a matrix and backward pass."""
+
+
+def lora_linear(model: PeftModel, key: str) -> nn.Linear:
+    """The linear of LoRA matrix `key` (``<module>.lora_A`` or ``.lora_B``) in a PEFT model."""
+    return model.get_base_model().get_submodule(key)["default"]  # type: ignore[index]
+
+
+@contextmanager
+def gradient_hooks(model: PeftModel, space: LoRASpace, sink: Sink) -> Iterator[None]:
+    """Within the block, every backward pass calls `sink` for each LoRA matrix of `space`.
+
+    The parameters may all be frozen: the embeddings' output is made to require a gradient, so that the backward pass
+    reaches every layer and no weight gradient is computed.
+    """
+    handles = [model.get_input_embeddings().register_forward_hook(_require_gradient)]
+    for tensor in space.tensors:
+        handles.append(lora_linear(model, tensor.key).register_forward_hook(_capture(tensor.key, sink)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def label_logits(model: PeftModel | nn.Module, batch: Batch) -> Tensor:
+    """Logits at the label positions only, (n, V) float32: the head runs on n rows instead of b·t.
+
+    Works for any causal LM because it narrows the head's input; whatever the model does to logits afterwards (scaling,
+    soft capping) is kept.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(
+        lambda _module, inputs: (inputs[0][batch.label_rows, batch.label_columns],)  # (b, t, h) -> (n, h)
+    )
+    try:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+
+
+def mean_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """(b,) mean cross-entropy over each document's response tokens, nats a token; `labels` defaults to the real ones."""
+    return sum_losses(logits, batch, labels) / batch.response_lengths
+
+
+def sum_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """(b,) cross-entropy summed over each document's response tokens, nats."""
+    per_token = nn.functional.cross_entropy(logits, batch.labels if labels is None else labels, reduction="none")
+    return per_token.new_zeros(len(batch.documents)).index_add(0, batch.label_rows, per_token)
+
+
+def _require_gradient(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.requires_grad_()
+
+
+def _capture(key: str, sink: Sink) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        x = inputs[0].detach()
+
+        def backward_hook(delta: Tensor) -> None:
+            with torch.no_grad():
+                sink(key, x.float(), delta.float())
+
+        output.register_hook(backward_hook)
+
+    return forward_hook
+
+
+class FullGradients:
+    """A sink that keeps the whole per-document gradients of the last backward pass: key -> (b, o, i). For tests and oracles."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
+        self.tensors[key] = torch.einsum("bto,bti->boi", delta, x)

@@ -1,0 +1,327 @@
+"""Discovery from documents to package. READ FIRST.
+
+    documents ──► θ0 ──► eigenbasis ──► whitened rows ──► dictionary ──► selection ──► calibration ──► package
+                fine-tune  curvature     gradients                       coherence     KL, drift matrix
+                                                                                       orientation
+
+Every stage keeps its results in a folder of the working directory and is skipped, or continued where it stopped, when
+nothing that it depends on has changed. Killing a run loses at most the current batch or checkpoint interval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atoms.adapter import Adapter, adapter_delta, read_adapter, refuse_zero_b, write_adapter
+from atoms.errors import DataError
+from atoms.manifest import BaseModelRef, Orientation
+from atoms.model import choose_device, choose_dtype, config_hash, load_model, merge_adapter, weights_fingerprint
+from atoms.package import Package, write_package
+from atoms.projection import Projection
+from atoms.steered import SteeredModel
+from atoms.storage import new_directory, read_json, write_json, write_tensors
+from offline.build import Discovery, DiscoveredAtom, package_contents
+from offline.calibrate import Calibrated, DriftMeter, calibrate_atom, continuations, make_batches, orient
+from offline.config import DiscoverConfig
+from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
+from offline.curvature import fit_eigenvalues, fit_factors, fit_projection
+from offline.dictionary import Dictionary, encode, learn_dictionary
+from offline.evaluate import read_neutral_prompts
+from offline.finetune import finetune
+from offline.models import frozen_lora
+from offline.progress import Progress
+from offline.rows import RowStore, write_rows
+from offline.select import Candidate, candidates, keywords, select, stability
+from offline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def discover(config: DiscoverConfig, progress: Progress) -> Package:
+    """Runs every stage and writes the package at `config.out`. Raises AtomsteerError with value, limit and remedy."""
+    run = Run(config, progress)
+    adapter = run.adapter()
+    projection = run.projection(adapter)
+    store = run.rows(projection)
+    dictionary = run.dictionary(store)
+    chosen = run.select(store, dictionary)
+    atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen)
+    return run.package(adapter, projection, store, dictionary, atoms, drift)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen candidates, and the codes (n, K) of the training documents (n,) that they rest on."""
+
+    chosen: list[Candidate]
+    stabilities: Tensor
+    found: int
+
+
+class Run:
+    """One discovery run: the model and documents, loaded when first needed, and the stages as methods, in order."""
+
+    def __init__(self, config: DiscoverConfig, progress: Progress) -> None:
+        if config.out.exists() and not config.force:
+            raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
+        self.config, self.progress = config, progress
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(self.device, config.dtype)
+        self.corpus = read_corpus(config.data, skip_bad_lines=config.skip_bad_lines, limit=config.limit)
+        self.workspace = Workspace(config.work_dir)
+        self.encoded = encode_corpus(self.corpus, self.tokenizer, config.max_length)
+        self.training, self.held_out = split_held_out(
+            len(self.corpus.documents), config.dictionary.held_out, config.seed
+        )
+        self._report_corpus()
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        self.progress.say(f"loading {self.config.model} ({self.dtype}, {self.device})".replace("torch.", ""))
+        return load_model(self.config.model, self.dtype, self.device, self.config.revision)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._loaded[1]
+
+    @cached_property
+    def base_ref(self) -> BaseModelRef:
+        return BaseModelRef(id=self.config.model, revision=self.config.revision, config_hash=config_hash(self.model),
+                            weights=weights_fingerprint(self.model))  # fmt: skip
+
+    def adapter(self) -> Adapter:
+        """θ0: the given adapter, or a fresh fine-tune on the documents."""
+        config, given = self.config, self.config.adapter
+        base = self.base_ref  # of the untouched model
+        inputs = dataclasses.asdict(config.finetune) if given is None else read_adapter(given).content_hash()
+        folder = self.workspace.open(
+            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash, max_length=config.max_length,
+            dtype=str(self.dtype), device=self.device.type, seed=config.seed, adapter=inputs,
+        )  # fmt: skip
+        self.adapter_dir = folder / "theta0"
+        if not self.adapter_dir.exists():
+            adapter = read_adapter(given) if given else self._finetune(folder)
+            if given:
+                refuse_zero_b(adapter, given)
+            with new_directory(self.adapter_dir) as temporary:
+                write_adapter(temporary, adapter_delta(adapter), adapter.targets, config.model)
+        return read_adapter(self.adapter_dir)
+
+    def projection(self, adapter: Adapter) -> Projection:
+        """The EKFAC eigenbasis and the kept components, from labels sampled from the model."""
+        config, space = self.config, adapter.space
+        folder = self.workspace.open("curvature", **dataclasses.asdict(config.curvature), batch_tokens=config.batch_tokens)
+        file, factors_file = folder / "projection.safetensors", folder / "factors.safetensors"
+        if not file.exists():
+            with_factors = self._sample(config.curvature.factor_documents, 1)
+            with_eigenvalues = self._sample(config.curvature.eigenvalue_documents, 2)
+            model, label_seed = self._peft(adapter), config.seed + 1
+            if not factors_file.exists():
+                factors = fit_factors(model, space, with_factors, config.batch_tokens, label_seed, self.progress)
+                write_tensors(factors_file, {f"{k}.{n}": q for k, pair in factors.items() for n, q in enumerate(pair)})
+            stored = load_file(factors_file)
+            factors = {t.key: (stored[f"{t.key}.0"], stored[f"{t.key}.1"]) for t in space.tensors}
+            eigenvalues = fit_eigenvalues(
+                model, space, factors, with_eigenvalues, config.batch_tokens, label_seed, self.progress
+            )
+            write_tensors(file, fit_projection(space, factors, eigenvalues, config.curvature).to_tensors())
+            factors_file.unlink()
+        return Projection.from_tensors(space, load_file(file))
+
+    def rows(self, projection: Projection) -> RowStore:
+        """One whitened row and one sketch a document; one forward and backward pass over the corpus."""
+        folder = self.workspace.open("rows")
+        store = RowStore(folder)
+        if not (folder / "complete.json").exists():
+            model = self._peft(read_adapter(self.adapter_dir))
+            write_rows(model, projection, self.encoded.documents, self.config.batch_tokens, folder, self.progress)
+            write_json(folder / "complete.json", {"documents": len(self.encoded.documents), "components": projection.dim})
+        return store
+
+    def dictionary(self, store: RowStore) -> tuple[Dictionary, Tensor]:
+        """The dictionary, and the atoms of a second seed, against which stability is judged."""
+        config = self.config
+        folder = self.workspace.open("dictionary", **dataclasses.asdict(config.dictionary), seed=config.seed)
+        file = folder / "dictionary.safetensors"
+        if not file.exists():
+            first = learn_dictionary(store, self.training, config.dictionary, config.seed, self.progress)
+            second = learn_dictionary(store, self.training, config.dictionary, config.seed + 1, self.progress, "second seed")
+            write_tensors(file, {"atoms": first.atoms, "second": second.atoms,
+                                 "objectives": torch.tensor(first.objectives, dtype=torch.float64),
+                                 "gap": torch.tensor(first.duality_gap, dtype=torch.float64)})  # fmt: skip
+        stored = load_file(file)
+        return Dictionary(stored["atoms"], tuple(stored["objectives"].tolist()), float(stored["gap"])), stored["second"]
+
+    def select(self, store: RowStore, dictionaries: tuple[Dictionary, Tensor]) -> Selection:
+        """The atoms that have support, coherence beyond chance, and are no near-duplicates."""
+        dictionary, second = dictionaries
+        config = self.config
+        documents, codes = encode(store, self.training, dictionary.atoms, config.dictionary)
+        lengths = [len(document.response_ids) for document in self.encoded.documents]
+        found = candidates(store, documents, codes, lengths, config.select, config.seed)
+        chosen = select(found, dictionary.atoms, config.select)
+        self.progress.say(
+            f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least {config.select.min_documents} documents, "
+            f"{len(chosen)} kept (z ≥ {config.select.min_z:g}, |cos| ≤ {config.select.max_cosine:g}, at most {config.select.keep})"
+        )
+        if not chosen:
+            raise DataError(
+                f"no atom of {len(dictionary.atoms)} passed the selection; give more documents (there are "
+                f"{len(self.corpus.documents)}), or lower --min-documents or --alpha"
+            )
+        return Selection(chosen, stability(dictionary.atoms, second), len(found))
+
+    def calibrate(
+        self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
+        selection: Selection,
+    ) -> tuple[list[DiscoveredAtom], Tensor]:  # fmt: skip
+        """Scales each atom to 0.05 nats at ±1, checks its orientation on held-out documents, and measures M."""
+        config, atoms = self.config, dictionaries[0].atoms
+        folder = self.workspace.open(
+            "calibration", **dataclasses.asdict(config.calibrate), select=dataclasses.asdict(config.select)
+        )
+        held_out, codes = encode(store, self.held_out, atoms, config.dictionary)
+        pending = [c for c in selection.chosen if not _atom_file(folder, c.atom).exists()]
+        drift_file = folder / "drift.safetensors"
+        if pending or not drift_file.exists():
+            meter = self._meter(adapter, folder)
+            with self.progress.task("calibrate", len(selection.chosen), "atoms", len(selection.chosen) - len(pending)) as bar:
+                for candidate in pending:
+                    calibrated = calibrate_atom(meter, projection, atoms[candidate.atom], config.calibrate)
+                    evidence = self._held_out_of(candidate.atom, held_out, codes, store, atoms)
+                    oriented = orient(meter, calibrated, evidence, config.batch_tokens) if evidence else None
+                    _write_atom(_atom_file(folder, candidate.atom), oriented)
+                    bar.advance()
+            kept = [c for c in selection.chosen if _read_atom(_atom_file(folder, c.atom)) is not None]
+            if not kept:
+                raise DataError("no atom lowers the loss on its held-out documents at ±1; give more documents or epochs")
+            directions = [_read_atom(_atom_file(folder, c.atom))[0].direction for c in kept]
+            total = sum(len(batch.documents) for batch in meter.batches)
+            with self.progress.task("drift matrix", total, "prompts") as bar:
+                write_tensors(drift_file, {"M": meter.drift_matrix(directions, bar)})
+            meter.steered.close()
+        discovered = []
+        for candidate in selection.chosen:
+            result = _read_atom(_atom_file(folder, candidate.atom))
+            if result is None:
+                self.progress.say(f"  dropped atom {candidate.atom}: neither sign lowers the loss on its held-out documents")
+                continue
+            words = keywords(self.corpus.documents, candidate.documents)
+            discovered.append(
+                DiscoveredAtom(candidate, result[0], result[1], float(selection.stabilities[candidate.atom]), words)
+            )
+        return discovered, load_file(drift_file)["M"]
+
+    def package(
+        self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
+        atoms: Sequence[DiscoveredAtom], drift: Tensor,
+    ) -> Package:  # fmt: skip
+        """Writes the package and returns it, read back."""
+        discovery = Discovery(
+            self.config, self.base_ref, adapter, projection, dictionaries[0], store.mean, list(atoms), drift, self.corpus,
+            self.facts(), self.progress.seconds,
+        )  # fmt: skip
+        write_package(self.config.out, package_contents(discovery), replace=self.config.force)
+        return Package.read(self.config.out)
+
+    def facts(self) -> dict[str, object]:
+        """Counts and hashes for the run record."""
+        return {
+            "data_hash": self.corpus.content_hash,
+            "documents": len(self.corpus.documents),
+            "skipped_lines": self.corpus.skipped,
+            "truncated_prompts": self.encoded.truncated,
+            "tokens": self.encoded.tokens,
+        }
+
+    def _finetune(self, folder: Path) -> Adapter:
+        adapter, losses = finetune(self.model, self.encoded.documents, self.config.finetune, self.config.seed,
+                                   folder / "checkpoint.safetensors", self.progress)  # fmt: skip
+        write_json(folder / "losses.json", losses)
+        return adapter
+
+    def _peft(self, adapter: Adapter):
+        """The frozen PEFT model; put on once and kept for the following stage."""
+        if not hasattr(self, "_peft_model"):
+            self._peft_model = frozen_lora(self.model, self.adapter_dir, adapter.space)
+        return self._peft_model
+
+    def _merged(self, adapter: Adapter) -> PreTrainedModel:
+        """The model with θ0 merged into its weights, PEFT taken off. The last stage to use the model needs it."""
+        model = self.model
+        if hasattr(self, "_peft_model"):
+            self._peft_model.unload()
+            del self._peft_model
+        merge_adapter(model, adapter)
+        return model
+
+    def _meter(self, adapter: Adapter, folder: Path) -> DriftMeter:
+        config = self.config.calibrate
+        model = self._merged(adapter)
+        prompts = read_neutral_prompts()[: config.prompts]
+        file = folder / "continuations.json"
+        if not file.exists():
+            made = continuations(model, self.tokenizer, prompts, config.continuation_tokens, self.config.seed)
+            write_json(file, [[d.prompt_ids, d.response_ids] for d in made])
+        documents = [EncodedDocument(n, tuple(p), tuple(r)) for n, (p, r) in enumerate(read_json(file))]
+        batches = make_batches(documents, self.config.batch_tokens, self.device)
+        return DriftMeter(SteeredModel(model, adapter.space, 1), adapter, config.composition, batches)
+
+    def _held_out_of(self, atom: int, documents: Tensor, codes: Tensor, store: RowStore, atoms: Tensor) -> list[EncodedDocument]:
+        """The atom's held-out documents: largest codes first, then largest positive cosines."""
+        cosine = store.rows(documents.tolist()) @ atoms[atom]
+        score = codes[:, atom].abs() + 1e-3 * cosine
+        order = torch.argsort(score, descending=True, stable=True)[: self.config.calibrate.orientation_documents]
+        return [self.encoded.documents[int(documents[i])] for i in order if cosine[i] > 0]
+
+    def _sample(self, count: int, offset: int) -> list[EncodedDocument]:
+        return sample_documents(self.encoded.documents, count, self.config.seed + offset)
+
+    def _report_corpus(self) -> None:
+        self.progress.say(f"  {len(self.corpus.documents)} documents, {self.encoded.tokens} tokens")
+        if self.corpus.skipped:
+            self.progress.say(f"  skipped {self.corpus.skipped} bad lines")
+        if self.encoded.truncated:
+            self.progress.say(f"  truncated {self.encoded.truncated} prompts from the left to {self.config.max_length} tokens")
+
+
+def _atom_file(folder: Path, atom: int) -> Path:
+    return folder / f"atom-{atom:05d}.safetensors"
+
+
+def _write_atom(path: Path, oriented: tuple[Calibrated, Orientation] | None) -> None:
+    """A calibrated atom, or a file that says it was dropped."""
+    if oriented is None:
+        write_tensors(path, {"dropped": torch.ones(1)}, {"dropped": "true"})
+        return
+    calibrated, evidence = oriented
+    metadata = {"curve": json.dumps(list(calibrated.curve.items())), "orientation": evidence.model_dump_json()}
+    write_tensors(path, calibrated.direction, metadata)
+
+
+def _read_atom(path: Path) -> tuple[Calibrated, Orientation] | None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if "dropped" in metadata:
+            return None
+        direction = {key: file.get_tensor(key) for key in file.keys()}
+    curve = {float(c): float(kl) for c, kl in json.loads(metadata["curve"])}
+    return Calibrated(direction, curve), Orientation.model_validate_json(metadata["orientation"])
+
+

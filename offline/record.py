@@ -1,0 +1,44 @@
+"""The record of a run: configuration, versions, seed, data hash and timings. Timings are outside the package's hash."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from offline.config import DiscoverConfig
+
+_LIBRARIES = ("atomsteer", "torch", "transformers", "peft", "safetensors")
+_NOT_HASHED = ("out", "work", "force", "data", "adapter", "model")
+"""Where things lie does not change what they are: the data, adapter and model are recorded by hash."""
+
+
+def run_record(config: DiscoverConfig, facts: Mapping[str, Any], timings: Mapping[str, float]) -> dict[str, Any]:
+    """JSON for the manifest. `facts` are counts and hashes of this run; `timings` seconds by stage."""
+    settings = {key: value for key, value in jsonable(dataclasses.asdict(config)).items() if key not in _NOT_HASHED}
+    return {
+        "config": settings,
+        "seed": config.seed,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+        **facts,
+        "timings": {name: round(seconds, 2) for name, seconds in timings.items()},
+    }
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with paths as text and tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,202 @@
+"""Whitened rows of all documents: made inside the backward hooks, kept in memory-mapped shards, read back in blocks.
+
+Neither N×d nor b×d ever exists: a hook turns one matrix's gradient of a batch into its k whitened components and a small
+sketch, and drops it. Per document are stored
+
+    row     (D,)   whitened, uncentred, float32: (Λ+ε)^{-1/2} Qᵀ g
+    sketch  (S,)   of the raw unit gradient, float16: G R per matrix, R random (d, 8)/√8 on the longer side, so that inner
+                   products of sketches estimate cosines of raw gradients without bias (Johnson & Lindenstrauss 1984)
+    norm, loss     ‖g‖ and the mean cross-entropy (nats a token)
+
+Shards hold whole batches in a planned order, so a resumed run writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from atoms.projection import Projection, normalise_rows
+from atoms.space import LoRASpace
+from atoms.storage import write_tensors
+from offline.corpus import EncodedDocument, collate, plan_batches
+from offline.gradients import gradient_hooks, label_logits, mean_losses
+from offline.progress import Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SKETCH_COLUMNS = 8
+SHARD_DOCUMENTS = 128
+
+
+def write_rows(
+    model: PeftModel,
+    projection: Projection,
+    documents: Sequence[EncodedDocument],
+    batch_tokens: int,
+    directory: Path,
+    progress: Progress,
+) -> None:
+    """One forward and backward pass a batch over all documents; shards that exist already are kept."""
+    shards = plan_shards(documents, batch_tokens)
+    pending = {n: shard for n, shard in enumerate(shards) if not shard_path(directory, n).exists()}
+    sink = RowSink(projection)
+    done = len(documents) - sum(len(group) for shard in pending.values() for group in shard)
+    with gradient_hooks(model, projection.space, sink), progress.task("gradients", len(documents), "documents", done) as bar:
+        for number, shard in pending.items():
+            parts = []
+            for group in shard:
+                parts.append(_batch_rows(model, sink, group))
+                bar.advance(len(group))
+            merged = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            write_tensors(shard_path(directory, number), merged)
+
+
+def plan_shards(documents: Sequence[EncodedDocument], batch_tokens: int) -> list[list[tuple[EncodedDocument, ...]]]:
+    """Batches grouped into shards of at least `SHARD_DOCUMENTS` documents (the last may be smaller)."""
+    shards: list[list[tuple[EncodedDocument, ...]]] = [[]]
+    for group in plan_batches(documents, batch_tokens):
+        if sum(map(len, shards[-1])) >= SHARD_DOCUMENTS:
+            shards.append([])
+        shards[-1].append(group)
+    return shards
+
+
+def shard_path(directory: Path, number: int) -> Path:
+    return directory / f"rows-{number:05d}.safetensors"
+
+
+class RowSink:
+    """Collects rows (b, D), sketches (b, S) and squared norms (b,) of one batch, matrix by matrix."""
+
+    def __init__(self, projection: Projection) -> None:
+        self.projection = projection
+        self._slices = dict(projection.slices())
+        self._sketchers = {key: Sketcher(shape, key) for key, shape in _shapes(projection.space).items()}
+        self._columns, self.sketch_dim = {}, 0
+        for key, sketcher in self._sketchers.items():
+            self._columns[key] = slice(self.sketch_dim, self.sketch_dim + sketcher.size)
+            self.sketch_dim += sketcher.size
+
+    def start(self, size: int) -> None:
+        """Prepares for a batch of `size` documents."""
+        self.rows = torch.zeros(size, self.projection.dim)
+        self.sketches = torch.zeros(size, self.sketch_dim)
+        self.squared_norms = torch.zeros(size)
+
+    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
+        gradient = torch.einsum("bto,bti->boi", delta, x).cpu()
+        self.rows[:, self._slices[key]] = self.projection.bases[key].project(gradient)
+        self.sketches[:, self._columns[key]] = self._sketchers[key](gradient)
+        self.squared_norms += gradient.square().sum((1, 2))
+
+
+class Sketcher:
+    """Random projection of the longer side of gradients (b, o, i) to 8 dimensions; seeded by the matrix's key alone."""
+
+    def __init__(self, shape: tuple[int, int], key: str) -> None:
+        self._right = shape[1] >= shape[0]
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        self._random = torch.randn(max(shape), SKETCH_COLUMNS, generator=generator) / SKETCH_COLUMNS**0.5
+        self.size = min(shape) * SKETCH_COLUMNS
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        product = gradient @ self._random if self._right else gradient.transpose(1, 2) @ self._random
+        return product.flatten(1)  # (b, min(o, i)·8)
+
+
+@dataclass(frozen=True)
+class RowStore:
+    """Reads the shards of a directory. Documents are addressed by their row number in the corpus."""
+
+    directory: Path
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        return sorted(self.directory.glob("rows-*.safetensors"))
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Document -> (shard, position)."""
+        return {
+            int(document): (n, i) for n, path in enumerate(self.shards) for i, document in enumerate(_load(path, "document"))
+        }
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """μ (D,): the mean whitened row, the fine-tune's common direction; summed in float64."""
+        total = sum(_load(path, "row").double().sum(0) for path in self.shards)
+        return (total / len(self)).float()  # type: ignore[operator]
+
+    def column(self, name: str) -> Tensor:
+        """A per-document value (``norm`` or ``loss``), (N,) in corpus order."""
+        documents = torch.cat([_load(path, "document") for path in self.shards])
+        values = torch.cat([_load(path, name) for path in self.shards])
+        return values[torch.argsort(documents)]
+
+    def blocks(self, documents: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(document numbers (n,), x̃ (n, D)) shard by shard, restricted to `documents`."""
+        wanted = torch.tensor(sorted(documents))
+        for path in self.shards:
+            numbers = _load(path, "document")
+            keep = torch.isin(numbers, wanted)
+            if keep.any():
+                yield numbers[keep], normalise_rows(_load(path, "row")[keep], self.mean)[0]
+
+    def rows(self, documents: Sequence[int]) -> Tensor:
+        """x̃ (n, D) of `documents`, in that order."""
+        return normalise_rows(self._gather("row", documents), self.mean)[0]
+
+    def sketches(self, documents: Sequence[int]) -> Tensor:
+        """Sketches (n, S) of raw unit gradients of `documents`, float32."""
+        return self._gather("sketch", documents).float()
+
+    def _gather(self, name: str, documents: Sequence[int]) -> Tensor:
+        by_shard: dict[int, list[int]] = {}
+        for position, document in enumerate(documents):
+            by_shard.setdefault(self._places[int(document)][0], []).append(position)
+        result: Tensor | None = None
+        for shard, positions in by_shard.items():
+            values = _load(self.shards[shard], name)[[self._places[int(documents[p])][1] for p in positions]]
+            if result is None:
+                result = values.new_zeros((len(documents), *values.shape[1:]))
+            result[positions] = values
+        if result is None:
+            raise ValueError("no documents were asked for")
+        return result
+
+
+def _batch_rows(model: PeftModel, sink: RowSink, group: Sequence[EncodedDocument]) -> dict[str, Tensor]:
+    batch = collate(group).to(model.device)
+    sink.start(len(group))
+    losses = mean_losses(label_logits(model, batch), batch)
+    losses.sum().backward()  # documents do not share tokens, so each gets the gradient of its own mean loss
+    norms = sink.squared_norms.sqrt()
+    return {
+        "document": torch.tensor([document.row for document in group]),
+        "row": sink.rows,
+        "sketch": (sink.sketches / norms.clamp_min(1e-20)[:, None]).half(),
+        "norm": norms,
+        "loss": losses.detach().cpu(),
+    }
+
+
+def _shapes(space: LoRASpace) -> dict[str, tuple[int, int]]:
+    return {tensor.key: tensor.shape for tensor in space.tensors}
+
+
+def _load(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)

@@ -1,0 +1,154 @@
+"""Which atoms are worth keeping, and what is said about them: support, coherence against chance, stability, keywords.
+
+Coherence of an atom: mean pairwise cosine of the gradients of its top documents, sign-aligned,
+    (‖Σ σ_i ĝ_i‖² − Σ ‖ĝ_i‖²) / (n (n − 1))      for unit vectors ĝ_i (sketches have unit length on average),
+raw (from sketches, see offline/rows.py) and whitened. Its z-score is against random sets of documents whose response
+lengths fall into the same bins, because length alone makes gradients alike.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atoms.manifest import Coherence
+from offline.config import SelectConfig
+from offline.corpus import Document
+from offline.rows import RowStore
+
+_NULL_SETS = 64
+_LENGTH_BINS = 8
+_PRIOR_WEIGHT = 200.0
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]", re.UNICODE)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A dictionary atom with its evidence. `documents` are its top training documents, strongest first, with codes."""
+
+    atom: int
+    n_documents: int
+    documents: tuple[int, ...]
+    codes: tuple[float, ...]
+    coherence: Coherence
+
+
+def candidates(
+    store: RowStore, documents: Tensor, codes: Tensor, lengths: Sequence[int], config: SelectConfig, seed: int
+) -> list[Candidate]:
+    """All atoms with enough support, with coherence. documents (n,), codes (n, K); lengths: T of every document."""
+    null = LengthMatchedSets(documents.tolist(), lengths, seed)
+    found = []
+    for atom in range(codes.shape[1]):
+        weights = codes[:, atom].abs()
+        support = int((weights > 0).sum())
+        if support < config.min_documents:
+            continue
+        top = torch.argsort(weights, descending=True, stable=True)[: min(config.top_documents, support)]
+        members, signs = documents[top].tolist(), codes[top, atom].sign()
+        raw, raw_z = _coherence_z(store.sketches, members, signs, null)
+        whitened, whitened_z = _coherence_z(store.rows, members, signs, null)
+        found.append(Candidate(atom, support, tuple(members), tuple(codes[top, atom].tolist()),
+                               Coherence(raw=raw, raw_z=raw_z, whitened=whitened, whitened_z=whitened_z)))  # fmt: skip
+    return found
+
+
+def select(found: Sequence[Candidate], atoms: Tensor, config: SelectConfig) -> list[Candidate]:
+    """The best `keep` candidates above `min_z`, by raw coherence, skipping near-duplicates of better ones."""
+    chosen: list[Candidate] = []
+    for candidate in sorted(found, key=lambda c: -c.coherence.raw):
+        if len(chosen) == config.keep:
+            break
+        if candidate.coherence.raw_z < config.min_z:
+            continue
+        if chosen and float((atoms[[c.atom for c in chosen]] @ atoms[candidate.atom]).abs().max()) > config.max_cosine:
+            continue
+        chosen.append(candidate)
+    return chosen
+
+
+def coherence(unit: Tensor, signs: Tensor) -> float:
+    """Mean pairwise cosine of sign-aligned unit vectors (n, S), by the identity in the module docstring."""
+    n = len(unit)
+    total = (unit * signs[:, None]).sum(0)
+    return float((total.square().sum() - unit.square().sum()) / (n * (n - 1)))
+
+
+def stability(atoms: Tensor, others: Tensor) -> Tensor:
+    """|cosine| of each atom (K, D) with its match among `others` in the best one-to-one assignment, (K,)."""
+    from scipy.optimize import linear_sum_assignment
+
+    similarity = (atoms @ others.T).abs()
+    rows, columns = linear_sum_assignment(-similarity.numpy())
+    result = torch.zeros(len(atoms))
+    result[rows] = similarity[rows, columns]
+    return result
+
+
+def keywords(documents: Sequence[Document], members: Sequence[int], count: int = 6) -> list[str]:
+    """Words that mark `members` (row numbers): largest z of the log-odds with an informative Dirichlet prior.
+
+    Monroe, Colaresi & Quinn 2008; the prior is the whole corpus, scaled to 200 words.
+    """
+    inside, everywhere = Counter[str](), Counter[str]()
+    chosen = set(members)
+    for document in documents:
+        words = [word.lower() for word in _WORD.findall(f"{document.prompt} {document.response}")]
+        everywhere.update(words)
+        if document.row in chosen:
+            inside.update(words)
+    total_in, total = sum(inside.values()), sum(everywhere.values())
+    scale = _PRIOR_WEIGHT / total
+
+    def z(word: str) -> float:
+        prior = everywhere[word] * scale
+        a, b = inside[word] + prior, everywhere[word] - inside[word] + prior
+        odds_in = math.log(a / (total_in + _PRIOR_WEIGHT - a))
+        odds_out = math.log(b / (total - total_in + _PRIOR_WEIGHT - b))
+        return (odds_in - odds_out) / math.sqrt(1 / a + 1 / b)
+
+    return sorted((word for word in inside if z(word) > 1.0), key=lambda word: (-z(word), word))[:count]
+
+
+class LengthMatchedSets:
+    """Draws random sets of documents whose lengths fall into the same quantile bins as a given set's."""
+
+    def __init__(self, documents: Sequence[int], lengths: Sequence[int], seed: int) -> None:
+        values = torch.tensor([float(lengths[d]) for d in documents])
+        edges = torch.quantile(values, torch.linspace(0, 1, _LENGTH_BINS + 1)[1:-1]) if len(values) > 1 else values[:0]
+        bins = torch.bucketize(values, edges)
+        self._bin = dict(zip(documents, bins.tolist(), strict=True))
+        self._members = {b: [d for d in documents if self._bin[d] == b] for b in set(bins.tolist())}
+        self._seed = seed
+
+    def draw(self, members: Sequence[int], sets: int) -> list[list[int]]:
+        """`sets` random sets, each with as many documents of every bin as `members` has, without repeats."""
+        generator = torch.Generator().manual_seed(self._seed)
+        wanted = Counter(self._bin[d] for d in members)
+        drawn = []
+        for _ in range(sets):
+            one: list[int] = []
+            for b, count in sorted(wanted.items()):
+                pool = self._members[b]
+                one += [pool[int(i)] for i in torch.randperm(len(pool), generator=generator)[:count]]
+            drawn.append(one)
+        return drawn
+
+
+def _coherence_z(
+    load: Callable[[Sequence[int]], Tensor], members: Sequence[int], signs: Tensor, null: LengthMatchedSets
+) -> tuple[float, float]:
+    """(coherence, z against length-matched random sets). `load` gives unit vectors (n, S) of documents."""
+    value = coherence(load(members), signs)
+    sets = null.draw(members, _NULL_SETS)
+    pool = sorted({document for one in sets for document in one})
+    vectors, place = load(pool), {document: i for i, document in enumerate(pool)}
+    ones = torch.ones(len(members))
+    values = torch.tensor([coherence(vectors[[place[d] for d in one]], ones[: len(one)]) for one in sets])
+    return value, float((value - values.mean()) / values.std().clamp_min(1e-9))
