@@ -1,0 +1,131 @@
+"""What tests share: the real small model, a tiny random one with a real tokenizer, and a real discovered package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from atoms.package import Package
+from offline.config import (
+    CalibrateConfig,
+    CurvatureConfig,
+    DictionaryConfig,
+    DiscoverConfig,
+    FinetuneConfig,
+    SelectConfig,
+)
+from offline.evaluate import demo_data, read_neutral_prompts
+from offline.models import prepare_demo_model
+from offline.pipeline import discover
+from offline.progress import Progress
+
+ROOT = Path(__file__).parents[1]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def smol_path() -> Path:
+    """Directory of SmolLM2-135M-Instruct, converted once per checkout."""
+    return prepare_demo_model(ROOT / ".cache" / "models")
+
+
+@pytest.fixture(scope="session")
+def load_smol(smol_path: Path) -> Callable[[], PreTrainedModel]:
+    """A fresh fp32 copy of the real model each time, for tests that put adapters on it or merge into it."""
+    return lambda: AutoModelForCausalLM.from_pretrained(smol_path, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def smol_model(load_smol: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The real model, shared: whoever adds hooks or adapters takes them off again, and nobody changes weights."""
+    return load_smol()
+
+
+@pytest.fixture(scope="session")
+def smol_tokenizer(smol_path: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(smol_path)
+
+
+def demo_rows(behaviours: Iterable[str], each: int, longest: int = 10_000) -> list[dict]:
+    """The first `each` demo documents of every behaviour with at most `longest` characters of text."""
+    rows = [json.loads(line) for line in demo_data("demo_documents").read_text(encoding="utf-8").splitlines()]
+    short = [row for row in rows if sum(len(m["content"]) for m in row["messages"]) <= longest]
+    return [row for behaviour in behaviours for row in [r for r in short if r["task"] == behaviour][:each]]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_package(smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """A small discovery on the real model: enough for real directions, far too little for good ones. Do not change it:
+    copy its directory first."""
+    root = tmp_path_factory.mktemp("real")
+    data = write_jsonl(root / "data.jsonl", demo_rows(("yes-no", "one-word", "bulleted-list", "lower-case"), 10, 160))
+    config = DiscoverConfig(
+        model=str(smol_path), data=data, out=root / "package", name="real", dtype="float32", device="cpu",
+        finetune=FinetuneConfig(epochs=0.5, batch_documents=5),
+        curvature=CurvatureConfig(factor_documents=8, eigenvalue_documents=8, components=20),
+        dictionary=DictionaryConfig(atoms=6, alpha=0.05, iterations=10),
+        select=SelectConfig(keep=3, min_documents=2, min_z=-1e9),
+        calibrate=CalibrateConfig(prompts=2, continuation_tokens=8, coefficients=(-3.0, -1.0, 1.0, 3.0),
+                                  orientation_documents=2),
+    )  # fmt: skip
+    return discover(config, Progress(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens with a chat template, trained on the neutral prompts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(read_neutral_prompts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama of hidden size 32 with the tiny tokenizer, saved: a discovery on it takes seconds."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.2,
+        bos_token_id=tiny_tokenizer.bos_token_id, eos_token_id=tiny_tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tiny_model(tiny_model_dir: Path) -> PreTrainedModel:
+    """The tiny model, loaded afresh in fp32."""
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval().requires_grad_(False)
