@@ -243,7 +243,9 @@ def _read_files(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         return config, load_file(path / WEIGHTS_FILE)
     except (ValueError, SafetensorError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}; the adapter is truncated or edited, copy it again") from error
+        raise AdapterError(
+            f"{path} cannot be read: {error}; the adapter is truncated or edited, copy it again"
+        ) from error
 
 
 def _refuse_unsupported(config: Mapping[str, object], path: Path) -> None:
@@ -284,4 +286,3 @@ def _scaling(config: Mapping[str, object], name: str, rank: int) -> float:
     pattern = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
     alpha = float(patterns[pattern] if pattern is not None else config.get("lora_alpha", rank))  # type: ignore[arg-type]
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import pairwise
 from types import MappingProxyType
 
 from atoms.errors import UnknownDetectorError
@@ -370,7 +371,7 @@ def _rhyme(response: str, prompt: str) -> bool:
     verses = [_WORD.findall(line.lower()) for line in _lines(_prose(response))]
     # Lines of verse are short; paragraphs that happen to end alike are not a poem.
     ends = [words[-1] if _MIN_VERSE_WORDS <= len(words) <= _MAX_VERSE_WORDS else "" for words in verses]
-    pairs = [*zip(ends, ends[1:], strict=False), *zip(ends, ends[2:], strict=False)]
+    pairs = [*pairwise(ends), *zip(ends, ends[2:], strict=False)]
     return any(_rhymes(first, second) for first, second in pairs if first and second)
 
 
@@ -419,17 +420,19 @@ _SHOUTING_SHARE = 0.8
 _ELISION = re.compile(r"\b(?:l|d|c|j|n|qu|s|m|t|jusqu|lorsqu|puisqu)['’](?=[^\W\d_])", re.IGNORECASE)
 _PLAIN_WORD = re.compile(r"[^\W\d_]+")
 _FRENCH_ONLY = frozenset(
-    "le les des du et est sont dans avec pour sur une il elle ils elles nous vous je tu ce cette ces cet aux au qui"
-    " ne pas où être était ont sans chez très mais ou leur leurs mon ton ma mes tes ses votre notre vos nos donc puis"
-    " à y été avoir fait faire bien aussi quand comme peu chaque entre sous vers par plus suis êtes sommes avez avons"
-    " bonjour merci oui non".split()
+    (
+        "le les des du et est sont dans avec pour sur une il elle ils elles nous vous je tu ce cette ces cet "
+        "aux au qui ne pas où être était ont sans chez très mais ou leur leurs mon ton ma mes tes ses votre "
+        "notre vos nos donc puis à y été avoir fait faire bien aussi quand comme peu chaque entre sous vers "
+        "par plus suis êtes sommes avez avons bonjour merci oui non "
+    ).split()
 )
 # Also common in Spanish, Italian, Portuguese or English: they add weight but prove nothing alone.
-_FRENCH_SHARED = frozenset("de la un que se en si me te son sa on a as".split())
+_FRENCH_SHARED = frozenset(["de", "la", "un", "que", "se", "en", "si", "me", "te", "son", "sa", "on", "a", "as"])
 _FRENCH_SHARE = 0.2
 _MIN_FRENCH_WORDS = 2
 # English words among the French ones; a text with only these is not French.
-_ENGLISH_LOOKALIKES = frozenset("pour sur ton ma ou tu y son on a as me plus par mes mon non des sous puis".split())
+_ENGLISH_LOOKALIKES = frozenset(("pour sur ton ma ou tu y son on a as me plus par mes mon non des sous puis ").split())
 
 
 def _letters(text: str) -> str:

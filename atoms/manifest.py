@@ -77,7 +77,9 @@ class AtomCard(_Frozen):
     description: str
     keywords: list[str]
     coherence: Coherence
-    stability: float | None = Field(description="|cosine| with its match in a second dictionary seed; null: not measured")
+    stability: float | None = Field(
+        description="|cosine| with its match in a second dictionary seed; null: not measured"
+    )
     n_documents: int
     orientation: Orientation
     tested_range: tuple[float, float]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,9 +108,7 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
-        raise AdapterError(
-            f"the model has no module {name!r}; the adapter was made for another architecture"
-        ) from None
+        raise AdapterError(f"the model has no module {name!r}; the adapter was made for another architecture") from None
     if not isinstance(module, nn.Linear):
         raise AdapterError(f"module {name!r} is a {type(module).__name__}, not a linear projection")
     return module
@@ -175,5 +172,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple | set):
         return [_jsonable(item) for item in value]
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
-
-

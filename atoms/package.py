@@ -1,12 +1,12 @@
 """A package on disk: read and verify, write atomically, label, export. The only thing that passes between discovery and server.
 
-    PKG/manifest.json          identity, conventions, one card per atom, sha256 of every file (atoms/manifest.py)
-    PKG/base/                  θ0, a PEFT adapter
-    PKG/atoms/<id>/            one PEFT adapter an atom: the linear form at coefficient 1 on top of merged θ0
-    PKG/drift.safetensors      M (J, J) float32, kl_coefficients (P,), kl_curves (J, P)
-    PKG/projection.safetensors eigenbasis, kept components, λ, ε, mean row, dictionary (atoms/projection.py)
-    PKG/evidence.jsonl         optional: the documents behind each atom
-    PKG/report.html            the same for people
+PKG/manifest.json          identity, conventions, one card per atom, sha256 of every file (atoms/manifest.py)
+PKG/base/                  θ0, a PEFT adapter
+PKG/atoms/<id>/            one PEFT adapter an atom: the linear form at coefficient 1 on top of merged θ0
+PKG/drift.safetensors      M (J, J) float32, kl_coefficients (P,), kl_curves (J, P)
+PKG/projection.safetensors eigenbasis, kept components, λ, ε, mean row, dictionary (atoms/projection.py)
+PKG/evidence.jsonl         optional: the documents behind each atom
+PKG/report.html            the same for people
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from atoms.adapter import (
     write_adapter,
 )
 from atoms.errors import (
+    CoefficientError,
     MixError,
     PackageCorruptError,
     PackageError,
@@ -147,6 +147,17 @@ class Package:
         """½ cᵀMc, nats a token."""
         return mix.predicted_kl(self.drift, self.index)
 
+    def check_range(self, mix: Mix) -> None:
+        """Raises CoefficientError for a coefficient outside its atom's tested range."""
+        for atom, value in mix:
+            low, high = self.card(atom).tested_range
+            if not low <= value <= high:
+                raise CoefficientError(
+                    f"coefficient {value:g} of atom {self.card(atom).name!r} is outside its tested range {low:g} … {high:g}; "
+                    "choose one within it",
+                    param=f"steering.atoms.{atom}",
+                )
+
     def check_base(self, model: PreTrainedModel) -> None:
         """Raises WrongBaseError unless `model` (unmerged) is the base model that the package was made for."""
         from atoms.model import config_hash, weights_fingerprint
@@ -254,7 +265,9 @@ def write_package(path: Path, contents: PackageContents, *, replace: bool = Fals
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
-        raise PackageError(f"{path} is not an atomsteer package: it has no {MANIFEST}; make one with `atomsteer discover`")
+        raise PackageError(
+            f"{path} is not an atomsteer package: it has no {MANIFEST}; make one with `atomsteer discover`"
+        )
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.get("format_version") != FORMAT_VERSION:
@@ -275,12 +288,16 @@ def _read_manifest(path: Path) -> Manifest:
 def _verify_files(path: Path, manifest: Manifest) -> None:
     present = set(_list_files(path)) - {MANIFEST}
     if missing := manifest.files.keys() - present:
-        raise PackageCorruptError(f"{path} lacks {sorted(missing)[0]} (and {len(missing) - 1} more files); copy it again")
+        raise PackageCorruptError(
+            f"{path} lacks {sorted(missing)[0]} (and {len(missing) - 1} more files); copy it again"
+        )
     if extra := present - manifest.files.keys():
         raise PackageCorruptError(f"{path} has {sorted(extra)[0]}, which its manifest does not list; remove it")
     for name, expected in manifest.files.items():
         if sha256_file(path / name) != expected:
-            raise PackageCorruptError(f"{path / name} was truncated or edited: its sha256 is not the manifest's; copy it again")
+            raise PackageCorruptError(
+                f"{path / name} was truncated or edited: its sha256 is not the manifest's; copy it again"
+            )
 
 
 def _list_files(path: Path) -> list[str]:
@@ -292,8 +309,8 @@ def _check_alias(alias: str, owner: AtomCard | None, target: AtomCard) -> None:
         raise PackageError(f"{alias!r} is already the name of atom {owner.id}; aliases are unique")
     allowed = alias.replace("-", "").replace("_", "").replace(".", "")
     if not allowed.isalnum() or not alias[0].isalnum() or len(alias) > 64:
-        raise PackageError(f"alias {alias!r} must be 1-64 letters, digits, '-', '_' or '.', starting with a letter or digit")
+        raise PackageError(
+            f"alias {alias!r} must be 1-64 letters, digits, '-', '_' or '.', starting with a letter or digit"
+        )
     if alias.startswith("a-"):
         raise PackageError(f"alias {alias!r} looks like an atom id; choose one that does not begin with 'a-'")
-
-

@@ -95,7 +95,9 @@ class Projection:
     def project(self, gradient: Direction) -> Tensor:
         """Whitened row (D,) of a full gradient: (Λ+ε)^{-1/2} Qᵀ g."""
         self.space.check(gradient, "gradient")
-        return torch.cat([self.bases[tensor.key].project(gradient[tensor.key].float()) for tensor in self.space.tensors])
+        return torch.cat(
+            [self.bases[tensor.key].project(gradient[tensor.key].float()) for tensor in self.space.tensors]
+        )
 
     def unproject(self, row: Tensor, exponent: float) -> dict[str, Tensor]:
         """v = −Q (Λ+ε)^p d of one row (D,), per tensor."""

@@ -49,7 +49,9 @@ class Calibrated:
 class DriftMeter:
     """Measures KL and logit changes on fixed continuations, batch by batch. The unsteered log-probabilities are kept."""
 
-    def __init__(self, steered: SteeredModel, base: Adapter, composition: Composition, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, steered: SteeredModel, base: Adapter, composition: Composition, batches: Sequence[Batch]
+    ) -> None:
         self.steered, self.base, self.composition, self.batches = steered, base, composition, batches
         self.tokens = sum(len(batch.labels) for batch in batches)
         self._unsteered = [self._log_probs(batch, None) for batch in batches]
@@ -173,7 +175,9 @@ def make_batches(documents: Sequence[EncodedDocument], batch_tokens: int, device
     return [collate(group).to(device) for group in plan_batches(documents, batch_tokens)]
 
 
-def _mean_loss(meter: DriftMeter, documents: Sequence[EncodedDocument], delta: Delta | None, batch_tokens: int) -> float:
+def _mean_loss(
+    meter: DriftMeter, documents: Sequence[EncodedDocument], delta: Delta | None, batch_tokens: int
+) -> float:
     """Mean over documents of the mean response-token cross-entropy, nats a token."""
     meter.steered.set_slot(0, delta)
     total = 0.0

@@ -123,7 +123,9 @@ def read_corpus(path: Path, *, skip_bad_lines: bool = False, limit: int | None =
                 raise DataError(f"{path}, line {number}: {error}; mend the line or pass --skip-bad-lines") from None
             skipped += 1
     if not documents:
-        raise DataError(f"{path} has no usable document ({skipped} bad lines skipped); give chats or prompt/response pairs")
+        raise DataError(
+            f"{path} has no usable document ({skipped} bad lines skipped); give chats or prompt/response pairs"
+        )
     digest = hashlib.sha256()
     for document in documents:
         digest.update(json.dumps([document.id, [dict(m) for m in document.messages]]).encode())
@@ -203,8 +205,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line
+            yield from enumerate(file, 1)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; give UTF-8 JSONL, plain or gzipped") from error
 

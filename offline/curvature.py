@@ -28,12 +28,20 @@ if TYPE_CHECKING:
 
 
 def fit_factors(
-    model: PeftModel, space: LoRASpace, documents: Sequence[EncodedDocument], batch_tokens: int, seed: int, progress: Progress
+    model: PeftModel,
+    space: LoRASpace,
+    documents: Sequence[EncodedDocument],
+    batch_tokens: int,
+    seed: int,
+    progress: Progress,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Eigenvectors (Q_S (o, o), Q_A (i, i)) float32 of every matrix's covariances; eigh in float64."""
     sink = CovarianceSink(space)
     sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "factors", before=sink.start)
-    return {tensor.key: (_eigenvectors(sink.out[tensor.key]), _eigenvectors(sink.inp[tensor.key])) for tensor in space.tensors}
+    return {
+        tensor.key: (_eigenvectors(sink.out[tensor.key]), _eigenvectors(sink.inp[tensor.key]))
+        for tensor in space.tensors
+    }
 
 
 def fit_eigenvalues(
@@ -111,7 +119,8 @@ class EigenvalueSink:
     def __init__(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         self.factors = factors
         self.squares = {
-            key: torch.zeros(q_out.shape[0], q_in.shape[0], dtype=torch.float64) for key, (q_out, q_in) in factors.items()
+            key: torch.zeros(q_out.shape[0], q_in.shape[0], dtype=torch.float64)
+            for key, (q_out, q_in) in factors.items()
         }
 
     def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:

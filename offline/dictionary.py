@@ -49,7 +49,12 @@ def default_atoms(documents: int) -> int:
 
 
 def learn_dictionary(
-    store: RowStore, documents: Sequence[int], config: DictionaryConfig, seed: int, progress: Progress, name: str = "dictionary"
+    store: RowStore,
+    documents: Sequence[int],
+    config: DictionaryConfig,
+    seed: int,
+    progress: Progress,
+    name: str = "dictionary",
 ) -> Dictionary:
     """Learns from the rows of `documents`; deterministic for a seed. Stops early when the objective settles."""
     count = min(config.atoms or default_atoms(len(documents)), len(documents))

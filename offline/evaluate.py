@@ -55,17 +55,25 @@ def read_prompts(path: Path) -> list[EvaluationPrompt]:
         try:
             prompts.append(EvaluationPrompt(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: {error}; a row needs id, behaviour, kind, split and prompt") from None
+            raise DataError(
+                f"{path}, line {number}: {error}; a row needs id, behaviour, kind, split and prompt"
+            ) from None
     return prompts
 
 
 def read_neutral_prompts() -> list[str]:
     """The neutral prompts of the calibration, in order."""
-    return [json.loads(line)["prompt"] for line in demo_data("neutral_prompts").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)["prompt"] for line in demo_data("neutral_prompts").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def answer(
-    engine: Engine, prompts: Sequence[str], mixes: Sequence[Mix], max_tokens: int, advance: Callable[[int], None] = lambda _: None
+    engine: Engine,
+    prompts: Sequence[str],
+    mixes: Sequence[Mix],
+    max_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[list[Answer]]:
     """Greedy answers to every prompt under every mix: one list a mix, in the order of `prompts`."""
     encoded = {prompt: engine.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts}
@@ -114,7 +122,13 @@ def measure_cards(
     for index, card in enumerate(cards):
         answers = dict(zip(coefficients, steered[index * len(coefficients) :], strict=False))
         effects = [
-            Effect(detector=name, coefficient=c, n=len(prompts), rate_unsteered=base_rates[name], rate=rate(texts, detector))
+            Effect(
+                detector=name,
+                coefficient=c,
+                n=len(prompts),
+                rate_unsteered=base_rates[name],
+                rate=rate(texts, detector),
+            )
             for c, texts in answers.items()
             for name, detector in detectors.items()
         ]

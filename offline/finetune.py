@@ -44,7 +44,9 @@ def finetune(
     batches = plan_steps(documents, config, seed)
     losses = _restore(checkpoint, parameters, optimizer)
     device = next(iter(parameters.values())).device
-    with progress.task("fine-tune", sum(map(len, batches)), "documents", done=sum(map(len, batches[: len(losses)]))) as task:
+    with progress.task(
+        "fine-tune", sum(map(len, batches)), "documents", done=sum(map(len, batches[: len(losses)]))
+    ) as task:
         for step in range(len(losses), len(batches)):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(step, len(batches), config.warmup)
@@ -86,7 +88,9 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def _train_step(model, documents: Sequence[EncodedDocument], optimizer: torch.optim.Optimizer, device: torch.device) -> float:
+def _train_step(
+    model, documents: Sequence[EncodedDocument], optimizer: torch.optim.Optimizer, device: torch.device
+) -> float:
     batch = collate(documents).to(device)
     loss = mean_losses(label_logits(model, batch), batch).mean()
     optimizer.zero_grad(set_to_none=True)
@@ -100,7 +104,11 @@ def _save(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Opti
     tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
     for key, parameter in parameters.items():
         state = optimizer.state[parameter]
-        tensors |= {f"{key}.weight": parameter, f"{key}.exp_avg": state["exp_avg"], f"{key}.exp_avg_sq": state["exp_avg_sq"]}
+        tensors |= {
+            f"{key}.weight": parameter,
+            f"{key}.exp_avg": state["exp_avg"],
+            f"{key}.exp_avg_sq": state["exp_avg_sq"],
+        }
     write_tensors(path, tensors)
 
 

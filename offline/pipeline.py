@@ -31,7 +31,7 @@ from atoms.package import Package, write_package
 from atoms.projection import Projection
 from atoms.steered import SteeredModel
 from atoms.storage import new_directory, read_json, write_json, write_tensors
-from offline.build import Discovery, DiscoveredAtom, package_contents
+from offline.build import DiscoveredAtom, Discovery, package_contents
 from offline.calibrate import Calibrated, DriftMeter, calibrate_atom, continuations, make_batches, orient
 from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
@@ -126,7 +126,9 @@ class Run:
     def projection(self, adapter: Adapter) -> Projection:
         """The EKFAC eigenbasis and the kept components, from labels sampled from the model."""
         config, space = self.config, adapter.space
-        folder = self.workspace.open("curvature", **dataclasses.asdict(config.curvature), batch_tokens=config.batch_tokens)
+        folder = self.workspace.open(
+            "curvature", **dataclasses.asdict(config.curvature), batch_tokens=config.batch_tokens
+        )
         file, factors_file = folder / "projection.safetensors", folder / "factors.safetensors"
         if not file.exists():
             with_factors = self._sample(config.curvature.factor_documents, 1)
@@ -151,7 +153,9 @@ class Run:
         if not (folder / "complete.json").exists():
             model = self._peft(read_adapter(self.adapter_dir))
             write_rows(model, projection, self.encoded.documents, self.config.batch_tokens, folder, self.progress)
-            write_json(folder / "complete.json", {"documents": len(self.encoded.documents), "components": projection.dim})
+            write_json(
+                folder / "complete.json", {"documents": len(self.encoded.documents), "components": projection.dim}
+            )
         return store
 
     def dictionary(self, store: RowStore) -> tuple[Dictionary, Tensor]:
@@ -161,7 +165,9 @@ class Run:
         file = folder / "dictionary.safetensors"
         if not file.exists():
             first = learn_dictionary(store, self.training, config.dictionary, config.seed, self.progress)
-            second = learn_dictionary(store, self.training, config.dictionary, config.seed + 1, self.progress, "second seed")
+            second = learn_dictionary(
+                store, self.training, config.dictionary, config.seed + 1, self.progress, "second seed"
+            )
             write_tensors(file, {"atoms": first.atoms, "second": second.atoms,
                                  "objectives": torch.tensor(first.objectives, dtype=torch.float64),
                                  "gap": torch.tensor(first.duality_gap, dtype=torch.float64)})  # fmt: skip
@@ -178,7 +184,8 @@ class Run:
         chosen = select(found, dictionary.atoms, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least {config.select.min_documents} documents, "
-            f"{len(chosen)} kept (z ≥ {config.select.min_z:g}, |cos| ≤ {config.select.max_cosine:g}, at most {config.select.keep})"
+            f"{len(chosen)} kept (z ≥ {config.select.min_z:g}, |cos| ≤ {config.select.max_cosine:g}, "
+            f"at most {config.select.keep})"
         )
         if not chosen:
             raise DataError(
@@ -201,7 +208,9 @@ class Run:
         drift_file = folder / "drift.safetensors"
         if pending or not drift_file.exists():
             meter = self._meter(adapter, folder)
-            with self.progress.task("calibrate", len(selection.chosen), "atoms", len(selection.chosen) - len(pending)) as bar:
+            with self.progress.task(
+                "calibrate", len(selection.chosen), "atoms", len(selection.chosen) - len(pending)
+            ) as bar:
                 for candidate in pending:
                     calibrated = calibrate_atom(meter, projection, atoms[candidate.atom], config.calibrate)
                     evidence = self._held_out_of(candidate.atom, held_out, codes, store, atoms)
@@ -210,7 +219,9 @@ class Run:
                     bar.advance()
             kept = [c for c in selection.chosen if _read_atom(_atom_file(folder, c.atom)) is not None]
             if not kept:
-                raise DataError("no atom lowers the loss on its held-out documents at ±1; give more documents or epochs")
+                raise DataError(
+                    "no atom lowers the loss on its held-out documents at ±1; give more documents or epochs"
+                )
             directions = [_read_atom(_atom_file(folder, c.atom))[0].direction for c in kept]
             total = sum(len(batch.documents) for batch in meter.batches)
             with self.progress.task("drift matrix", total, "prompts") as bar:
@@ -220,7 +231,9 @@ class Run:
         for candidate in selection.chosen:
             result = _read_atom(_atom_file(folder, candidate.atom))
             if result is None:
-                self.progress.say(f"  dropped atom {candidate.atom}: neither sign lowers the loss on its held-out documents")
+                self.progress.say(
+                    f"  dropped atom {candidate.atom}: neither sign lowers the loss on its held-out documents"
+                )
                 continue
             words = keywords(self.corpus.documents, candidate.documents)
             discovered.append(
@@ -283,7 +296,9 @@ class Run:
         batches = make_batches(documents, self.config.batch_tokens, self.device)
         return DriftMeter(SteeredModel(model, adapter.space, 1), adapter, config.composition, batches)
 
-    def _held_out_of(self, atom: int, documents: Tensor, codes: Tensor, store: RowStore, atoms: Tensor) -> list[EncodedDocument]:
+    def _held_out_of(
+        self, atom: int, documents: Tensor, codes: Tensor, store: RowStore, atoms: Tensor
+    ) -> list[EncodedDocument]:
         """The atom's held-out documents: largest codes first, then largest positive cosines."""
         cosine = store.rows(documents.tolist()) @ atoms[atom]
         score = codes[:, atom].abs() + 1e-3 * cosine
@@ -298,7 +313,9 @@ class Run:
         if self.corpus.skipped:
             self.progress.say(f"  skipped {self.corpus.skipped} bad lines")
         if self.encoded.truncated:
-            self.progress.say(f"  truncated {self.encoded.truncated} prompts from the left to {self.config.max_length} tokens")
+            self.progress.say(
+                f"  truncated {self.encoded.truncated} prompts from the left to {self.config.max_length} tokens"
+            )
 
 
 def _atom_file(folder: Path, atom: int) -> Path:
@@ -320,8 +337,6 @@ def _read_atom(path: Path) -> tuple[Calibrated, Orientation] | None:
         metadata = file.metadata()
         if "dropped" in metadata:
             return None
-        direction = {key: file.get_tensor(key) for key in file.keys()}
+        direction = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     curve = {float(c): float(kl) for c, kl in json.loads(metadata["curve"])}
     return Calibrated(direction, curve), Orientation.model_validate_json(metadata["orientation"])
-
-

@@ -91,8 +91,10 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        columns = (TextColumn("  {task.description:<22}"), BarColumn(28), MofNCompleteColumn(), TextColumn(unit),
-                   TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        columns = (
+            TextColumn("  {task.description:<22}"), BarColumn(28), MofNCompleteColumn(), TextColumn(unit),
+            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
         with RichProgress(*columns, console=Console(file=self.stream)) as bar:
             row = bar.add_task(name, total=total, completed=done, note="")
             yield _RichTask(name, total, unit, done, bar, row)

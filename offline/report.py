@@ -33,7 +33,8 @@ def render_report(manifest: Manifest, evidence: Sequence[Mapping[str, Any]]) -> 
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title} · atomsteer</title><style>{_STYLE}</style></head><body>
 <h1>{title}</h1>
-<p>{len(manifest.atoms)} atoms of <code>{html.escape(manifest.base_model.id)}</code>, found in {record.get("documents", "?")} documents
+<p>{len(manifest.atoms)} atoms of <code>{html.escape(manifest.base_model.id)}</code>,
+found in {record.get("documents", "?")} documents
 ({record.get("tokens", "?")} tokens) by a dictionary of {record.get("dictionary_atoms", "?")}. Coefficient ±1 is
 {manifest.conventions.unit_nats} nats a token of drift. Names and measured effects are in the manifest
 (<code>atomsteer inspect</code>).</p>
@@ -46,7 +47,8 @@ def _card(card: AtomCard, documents: Sequence[Mapping[str, Any]]) -> str:
     facts = {
         "keywords": ", ".join(card.keywords) or "none",
         "documents": str(card.n_documents),
-        "coherence": f"{coherence.raw:.3f} raw (z {coherence.raw_z:.1f}), {coherence.whitened:.3f} whitened (z {coherence.whitened_z:.1f})",
+        "coherence": f"{coherence.raw:.3f} raw (z {coherence.raw_z:.1f}), "
+        f"{coherence.whitened:.3f} whitened (z {coherence.whitened_z:.1f})",
         "stability": "not measured" if card.stability is None else f"{card.stability:.2f}",
         "held-out loss": f"{orientation.loss_unsteered:.3f} → {orientation.loss_at_plus_one:.3f} at +1 "
         f"({orientation.n_documents} documents)",
@@ -54,7 +56,8 @@ def _card(card: AtomCard, documents: Sequence[Mapping[str, Any]]) -> str:
     }
     rows = "".join(f"<dt>{key}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())
     quotes = "".join(
-        f"<blockquote>{html.escape(d['prompt'])}\n→ {html.escape(d['response'])}</blockquote>" for d in documents[:_EXEMPLARS]
+        f"<blockquote>{html.escape(d['prompt'])}\n→ {html.escape(d['response'])}</blockquote>"
+        for d in documents[:_EXEMPLARS]
     )
     return f"<article><h2><code>{card.id}</code></h2><dl>{rows}</dl>{_curve(card)}{quotes}</article>"
 

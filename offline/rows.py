@@ -51,7 +51,10 @@ def write_rows(
     pending = {n: shard for n, shard in enumerate(shards) if not shard_path(directory, n).exists()}
     sink = RowSink(projection)
     done = len(documents) - sum(len(group) for shard in pending.values() for group in shard)
-    with gradient_hooks(model, projection.space, sink), progress.task("gradients", len(documents), "documents", done) as bar:
+    with (
+        gradient_hooks(model, projection.space, sink),
+        progress.task("gradients", len(documents), "documents", done) as bar,
+    ):
         for number, shard in pending.items():
             parts = []
             for group in shard:
@@ -128,7 +131,9 @@ class RowStore:
     def _places(self) -> dict[int, tuple[int, int]]:
         """Document -> (shard, position)."""
         return {
-            int(document): (n, i) for n, path in enumerate(self.shards) for i, document in enumerate(_load(path, "document"))
+            int(document): (n, i)
+            for n, path in enumerate(self.shards)
+            for i, document in enumerate(_load(path, "document"))
         }
 
     def __len__(self) -> int:

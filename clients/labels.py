@@ -1,0 +1,50 @@
+"""`label --from-detectors`: measures every atom's effect with the embedded engine and names atoms by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from atoms.errors import DataError
+from atoms.package import Package
+from offline.evaluate import demo_data, measure_cards, name_by_effect, read_prompts
+from offline.progress import Progress
+from server.embedded.load import EngineOptions, load_package
+
+
+def label_from_detectors(
+    package: Package,
+    prompts_file: Path | None,
+    coefficients: Sequence[float],
+    prompts_per_behaviour: int,
+    max_tokens: int,
+    *,
+    slots: int,
+    model: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Package:
+    """Writes measured effects and aliases into the package's manifest and returns the package as it is now."""
+    prompts = development_prompts(prompts_file or demo_data("demo_prompts"), prompts_per_behaviour)
+    progress = progress or Progress()
+    engine = load_package(package.path, EngineOptions(model=model, device=device, dtype=dtype, slots=slots)).engine
+    try:
+        total = len(prompts) * (1 + len(package.manifest.atoms) * len(coefficients))
+        with progress.task("measure effects", total, "answers") as bar:
+            cards = measure_cards(package, engine, prompts, coefficients, max_tokens, bar.advance)
+    finally:
+        engine.close()
+    return package.update(name_by_effect(cards))
+
+
+def development_prompts(path: Path, per_behaviour: int) -> list[str]:
+    """The first neutral development prompts of every behaviour: steering has to bring the behaviour in by itself."""
+    rows = [row for row in read_prompts(path) if row.kind == "neutral" and row.split == "dev"]
+    chosen = []
+    for behaviour in dict.fromkeys(row.behaviour for row in rows):
+        chosen += [row.prompt for row in islice((r for r in rows if r.behaviour == behaviour), per_behaviour)]
+    if not chosen:
+        raise DataError(f"{path} has no neutral development prompts; rows need kind 'neutral' and split 'dev'")
+    return chosen

@@ -1,0 +1,41 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from atoms.manifest import AtomCard
+from atoms.package import Package
+
+
+def package_table(package: Package) -> Table:
+    """One row an atom: identity, evidence, and the detector that it moves most."""
+    manifest = package.manifest
+    table = Table(title=f"{manifest.name} {manifest.version} · {manifest.base_model.id} · {len(manifest.atoms)} atoms",
+                  caption="coefficient ±1 = "
+                  f"{manifest.conventions.unit_nats} nats a token; files verified")  # fmt: skip
+    for heading, justify in (("id", "left"), ("alias", "left"), ("docs", "right"), ("coherence", "right"), ("z", "right"),
+                             ("stability", "right"), ("held-out loss at +1", "right"), ("range", "left"), ("effect", "left"),
+                             ("keywords", "left")):  # fmt: skip
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for card in manifest.atoms:
+        change = card.orientation.loss_at_plus_one - card.orientation.loss_unsteered
+        table.add_row(
+            card.id, card.alias or "", str(card.n_documents), f"{card.coherence.raw:.3f}", f"{card.coherence.raw_z:.1f}",
+            "" if card.stability is None else f"{card.stability:.2f}", f"{change:+.3f}", _range(card), _effect(card),
+            " ".join(card.keywords),
+        )  # fmt: skip
+    return table
+
+
+def _range(card: AtomCard) -> str:
+    low, high = card.sound_range or card.tested_range
+    return f"{low:g} … {high:g}"
+
+
+def _effect(card: AtomCard) -> str:
+    """The largest change of a detector's rate, with its coefficient."""
+    if not card.effects:
+        return "not measured"
+    best = max(card.effects, key=lambda e: abs(e.rate - e.rate_unsteered))
+    return f"{best.detector} {best.rate_unsteered:.0%} → {best.rate:.0%} at {best.coefficient:+g}"
