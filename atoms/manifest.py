@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from atoms.adapter import Composition
 from atoms.storage import canonical_hash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 UNIT_NATS = 0.05
 """KL(unsteered ‖ steered) in nats a token, averaged over ±1, that defines coefficient 1."""
 

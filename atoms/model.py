@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -79,7 +79,8 @@ def load_model(
         ) from error
     if getattr(model.config, "quantization_config", None) or getattr(model, "is_quantized", False):
         raise ModelError(f"{path!r} is quantised; load the full-precision weights, whose gradients are exact")
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    model.to(device)  # type: ignore[arg-type]  # transformers' stub loses the device overload
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def config_hash(model: PreTrainedModel) -> str:
@@ -134,8 +135,21 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     A tokenizer without a template (a pretrained base model) gets the contents separated by blank lines.
     """
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return _template(tokenizer, messages, add_generation_prompt=True)
     return "\n\n".join(str(message["content"]) for message in messages) + "\n\n"
+
+
+def render_response(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Text of the last message with the end-of-turn token that the template (or the tokenizer) puts after it.
+
+    Follows `render_prompt` of the messages before it.
+    """
+    if tokenizer.chat_template:
+        prompt = render_prompt(tokenizer, messages[:-1])
+        full = _template(tokenizer, messages, add_generation_prompt=False)
+        if full.startswith(prompt):
+            return full[len(prompt) :].rstrip()
+    return str(messages[-1]["content"]) + str(tokenizer.eos_token or "")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -164,6 +178,14 @@ def context_length(model: PreTrainedModel) -> int:
     """Longest sequence in tokens that the model's positions allow."""
     config = model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", 2048))
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+) -> str:
+    plain = [dict(message) for message in messages]
+    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return cast(str, text)
 
 
 def _jsonable(value: Any) -> Any:

@@ -38,9 +38,8 @@ def main() -> None:
             best[task] = max(best.get(task, 0.0), count / len(labels))
     for limit in (0.8, 0.6):
         count = sum(share >= limit for share in best.values())
-        print(
-            f"{count} of {len(set(tasks.values()))} types have an atom with >= {limit:.0%} of its top documents (>= 8) of the type"
-        )
+        types = len(set(tasks.values()))
+        print(f"{count} of {types} types have an atom with >= {limit:.0%} of its top documents (>= 8) of the type")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ All forwards run on the steered model (θ0 merged, deltas beside the weights): w
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from atoms.adapter import Adapter, Composition, Delta, compose
@@ -25,6 +28,7 @@ from atoms.model import encode_prompt, stop_token_ids
 from atoms.projection import Projection
 from atoms.space import Direction
 from atoms.steered import SteeredModel
+from atoms.storage import write_tensors
 from offline.config import CalibrateConfig
 from offline.corpus import Batch, EncodedDocument, collate, plan_batches
 from offline.gradients import label_logits, mean_losses
@@ -151,6 +155,27 @@ def orient(
     return flipped, _orientation(documents, unsteered, minus)
 
 
+def write_calibrated(path: Path, oriented: tuple[Calibrated, Orientation] | None) -> None:
+    """Keeps an oriented atom, or the fact that it was dropped. Raises StorageError."""
+    if oriented is None:
+        write_tensors(path, {"dropped": torch.ones(1)}, {"dropped": "true"})
+        return
+    calibrated, evidence = oriented
+    metadata = {"curve": json.dumps(list(calibrated.curve.items())), "orientation": evidence.model_dump_json()}
+    write_tensors(path, calibrated.direction, metadata)
+
+
+def read_calibrated(path: Path) -> tuple[Calibrated, Orientation] | None:
+    """What `write_calibrated` kept; None for a dropped atom."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        if "dropped" in metadata:
+            return None
+        direction = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    curve = {float(c): float(kl) for c, kl in json.loads(metadata["curve"])}
+    return Calibrated(direction, curve), Orientation.model_validate_json(metadata["orientation"])
+
+
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, seed: int
 ) -> list[EncodedDocument]:
@@ -161,7 +186,7 @@ def continuations(
         ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
         torch.manual_seed(seed * 1_000_003 + row)
         with torch.inference_mode():
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), device=model.device),
                 do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens, pad_token_id=next(iter(stops), 0),
             )  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from atoms.errors import DataError
-from atoms.model import encode_prompt, render_prompt
+from atoms.model import encode_prompt, render_response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def encode_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length
     encoded, truncated = [], 0
     for document in corpus.documents:
         prompt = encode_prompt(tokenizer, document.messages[:-1])
-        response = _encode_response(tokenizer, document)
+        response = tokenizer(render_response(tokenizer, document.messages), add_special_tokens=False)["input_ids"]
         room = max_length - len(response)
         if room < 1:
             raise DataError(
@@ -169,7 +169,9 @@ def collate(documents: Sequence[EncodedDocument], pad_id: int = 0) -> Batch:
     width = max(len(document) for document in documents)
     input_ids = torch.full((len(documents), width), pad_id)
     mask = torch.zeros((len(documents), width), dtype=torch.long)
-    rows, columns, labels = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    labels: list[int] = []
     for i, document in enumerate(documents):
         input_ids[i, : len(document)] = torch.tensor(document.prompt_ids + document.response_ids)
         mask[i, : len(document)] = 1
@@ -263,16 +265,3 @@ def _pair(row: Mapping[str, Any]) -> tuple[dict[str, str], ...]:
     if isinstance(row.get("input"), str) and row["input"].strip():
         prompt = f"{prompt}\n\n{row['input']}"
     return ({"role": "user", "content": prompt}, {"role": "assistant", "content": response})
-
-
-def _encode_response(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
-    """Response tokens with the end-of-turn token that the template (or the tokenizer) puts after them."""
-    tail = None
-    if tokenizer.chat_template:
-        prompt = render_prompt(tokenizer, document.messages[:-1])
-        full = tokenizer.apply_chat_template(list(document.messages), tokenize=False)
-        if full.startswith(prompt):
-            tail = full[len(prompt) :].rstrip()
-    if tail is None:
-        tail = document.response + (tokenizer.eos_token or "")
-    return tokenizer(tail, add_special_tokens=False)["input_ids"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,11 +48,11 @@ def gradient_hooks(model: PeftModel, space: LoRASpace, sink: Sink) -> Iterator[N
             handle.remove()
 
 
-def label_logits(model: PeftModel | nn.Module, batch: Batch) -> Tensor:
+def label_logits(model: Any, batch: Batch) -> Tensor:
     """Logits at the label positions only, (n, V) float32: the head runs on n rows instead of b·t.
 
-    Works for any causal LM because it narrows the head's input; whatever the model does to logits afterwards (scaling,
-    soft capping) is kept.
+    `model` is a transformers or PEFT causal LM. Works for any of them because it narrows the head's input; whatever
+    the model does to logits afterwards (scaling, soft capping) is kept.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(

@@ -6,7 +6,7 @@ Loading base models is `atoms.model`'s.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -36,7 +36,8 @@ def new_lora(model: PreTrainedModel, config: FinetuneConfig, seed: int) -> tuple
     torch.manual_seed(seed)
     peft_model = get_peft_model(
         model,
-        LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.target_modules), lora_dropout=0.0,
+        LoraConfig(r=config.rank, lora_alpha=config.alpha,  # type: ignore[arg-type]
+                   target_modules=list(config.target_modules), lora_dropout=0.0,
                    task_type="CAUSAL_LM"),
     )  # fmt: skip
     return peft_model, space_of(peft_model)
@@ -63,12 +64,16 @@ def space_of(model: PeftModel) -> LoRASpace:
     from peft.tuners.lora import LoraLayer
 
     modules = [
-        LoRAModule(name, layer.lora_A["default"].in_features, layer.lora_B["default"].out_features,
+        LoRAModule(name, _linear(layer.lora_A).in_features, _linear(layer.lora_B).out_features,
                    layer.r["default"], float(layer.scaling["default"]))
         for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A
     ]  # fmt: skip
     return LoRASpace.of(modules)
+
+
+def _linear(adapters: nn.ModuleDict) -> nn.Linear:
+    return cast(nn.Linear, adapters["default"])
 
 
 def adapter_of(model: PeftModel, space: LoRASpace, config: FinetuneConfig) -> Adapter:
@@ -112,7 +117,7 @@ def _convert_gguf(source: Path, file: str, target: Path, new_directory) -> None:
     model.generation_config = loaded.generation_config
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     with new_directory(target) as temporary:
-        model.to(torch.bfloat16).save_pretrained(temporary)
+        model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 

@@ -11,7 +11,6 @@ nothing that it depends on has changed. Killing a run loses at most the current 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,20 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from atoms.adapter import Adapter, adapter_delta, read_adapter, refuse_zero_b, write_adapter
 from atoms.errors import DataError
-from atoms.manifest import BaseModelRef, Orientation
+from atoms.manifest import BaseModelRef
 from atoms.model import choose_device, choose_dtype, config_hash, load_model, merge_adapter, weights_fingerprint
 from atoms.package import Package, write_package
 from atoms.projection import Projection
 from atoms.steered import SteeredModel
 from atoms.storage import new_directory, read_json, write_json, write_tensors
 from offline.build import DiscoveredAtom, Discovery, package_contents
-from offline.calibrate import Calibrated, DriftMeter, calibrate_atom, continuations, make_batches, orient
+from offline.calibrate import (
+    DriftMeter,
+    calibrate_atom,
+    continuations,
+    make_batches,
+    orient,
+    read_calibrated,
+    write_calibrated,
+)
 from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
 from offline.curvature import fit_eigenvalues, fit_factors, fit_projection
@@ -199,47 +205,48 @@ class Run:
         selection: Selection,
     ) -> tuple[list[DiscoveredAtom], Tensor]:  # fmt: skip
         """Scales each atom to 0.05 nats at ±1, checks its orientation on held-out documents, and measures M."""
-        config, atoms = self.config, dictionaries[0].atoms
+        config = self.config
         folder = self.workspace.open(
             "calibration", **dataclasses.asdict(config.calibrate), select=dataclasses.asdict(config.select)
         )
-        held_out, codes = encode(store, self.held_out, atoms, config.dictionary)
-        pending = [c for c in selection.chosen if not _atom_file(folder, c.atom).exists()]
-        drift_file = folder / "drift.safetensors"
-        if pending or not drift_file.exists():
+        if not (folder / "drift.safetensors").exists():
             meter = self._meter(adapter, folder)
-            with self.progress.task(
-                "calibrate", len(selection.chosen), "atoms", len(selection.chosen) - len(pending)
-            ) as bar:
-                for candidate in pending:
-                    calibrated = calibrate_atom(meter, projection, atoms[candidate.atom], config.calibrate)
-                    evidence = self._held_out_of(candidate.atom, held_out, codes, store, atoms)
-                    oriented = orient(meter, calibrated, evidence, config.batch_tokens) if evidence else None
-                    _write_atom(_atom_file(folder, candidate.atom), oriented)
-                    bar.advance()
-            kept = [c for c in selection.chosen if _read_atom(_atom_file(folder, c.atom)) is not None]
-            if not kept:
-                raise DataError(
-                    "no atom lowers the loss on its held-out documents at ±1; give more documents or epochs"
-                )
-            directions = [_read_atom(_atom_file(folder, c.atom))[0].direction for c in kept]
-            total = sum(len(batch.documents) for batch in meter.batches)
-            with self.progress.task("drift matrix", total, "prompts") as bar:
-                write_tensors(drift_file, {"M": meter.drift_matrix(directions, bar)})
+            self._calibrate_pending(meter, folder, projection, store, dictionaries[0].atoms, selection.chosen)
+            self._measure_drift(meter, folder, selection.chosen)
             meter.steered.close()
         discovered = []
         for candidate in selection.chosen:
-            result = _read_atom(_atom_file(folder, candidate.atom))
-            if result is None:
-                self.progress.say(
-                    f"  dropped atom {candidate.atom}: neither sign lowers the loss on its held-out documents"
-                )
-                continue
-            words = keywords(self.corpus.documents, candidate.documents)
-            discovered.append(
-                DiscoveredAtom(candidate, result[0], result[1], float(selection.stabilities[candidate.atom]), words)
-            )
-        return discovered, load_file(drift_file)["M"]
+            if result := read_calibrated(_atom_file(folder, candidate)):
+                words = keywords(self.corpus.documents, candidate.documents)
+                stable = float(selection.stabilities[candidate.atom])
+                discovered.append(DiscoveredAtom(candidate, *result, stable, words))
+        if dropped := len(selection.chosen) - len(discovered):
+            self.progress.say(f"  dropped {dropped} atoms: neither sign lowers the loss on their held-out documents")
+        return discovered, load_file(folder / "drift.safetensors")["M"]
+
+    def _calibrate_pending(
+        self, meter: DriftMeter, folder: Path, projection: Projection, store: RowStore, atoms: Tensor,
+        chosen: Sequence[Candidate],
+    ) -> None:  # fmt: skip
+        config = self.config
+        documents, codes = encode(store, self.held_out, atoms, config.dictionary)
+        pending = [candidate for candidate in chosen if not _atom_file(folder, candidate).exists()]
+        with self.progress.task("calibrate", len(chosen), "atoms", len(chosen) - len(pending)) as bar:
+            for candidate in pending:
+                calibrated = calibrate_atom(meter, projection, atoms[candidate.atom], config.calibrate)
+                evidence = self._held_out_of(candidate.atom, documents, codes, store, atoms)
+                oriented = orient(meter, calibrated, evidence, config.batch_tokens) if evidence else None
+                write_calibrated(_atom_file(folder, candidate), oriented)
+                bar.advance()
+
+    def _measure_drift(self, meter: DriftMeter, folder: Path, chosen: Sequence[Candidate]) -> None:
+        results = [result for c in chosen if (result := read_calibrated(_atom_file(folder, c)))]
+        if not results:
+            raise DataError("no atom lowers the loss on its held-out documents at ±1; give more documents or epochs")
+        total = sum(len(batch.documents) for batch in meter.batches)
+        with self.progress.task("drift matrix", total, "prompts") as bar:
+            matrix = meter.drift_matrix([calibrated.direction for calibrated, _ in results], bar)
+        write_tensors(folder / "drift.safetensors", {"M": matrix})
 
     def package(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
@@ -318,25 +325,5 @@ class Run:
             )
 
 
-def _atom_file(folder: Path, atom: int) -> Path:
-    return folder / f"atom-{atom:05d}.safetensors"
-
-
-def _write_atom(path: Path, oriented: tuple[Calibrated, Orientation] | None) -> None:
-    """A calibrated atom, or a file that says it was dropped."""
-    if oriented is None:
-        write_tensors(path, {"dropped": torch.ones(1)}, {"dropped": "true"})
-        return
-    calibrated, evidence = oriented
-    metadata = {"curve": json.dumps(list(calibrated.curve.items())), "orientation": evidence.model_dump_json()}
-    write_tensors(path, calibrated.direction, metadata)
-
-
-def _read_atom(path: Path) -> tuple[Calibrated, Orientation] | None:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if "dropped" in metadata:
-            return None
-        direction = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    curve = {float(c): float(kl) for c, kl in json.loads(metadata["curve"])}
-    return Calibrated(direction, curve), Orientation.model_validate_json(metadata["orientation"])
+def _atom_file(folder: Path, candidate: Candidate) -> Path:
+    return folder / f"atom-{candidate.atom:05d}.safetensors"

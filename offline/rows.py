@@ -142,8 +142,8 @@ class RowStore:
     @cached_property
     def mean(self) -> Tensor:
         """μ (D,): the mean whitened row, the fine-tune's common direction; summed in float64."""
-        total = sum(_load(path, "row").double().sum(0) for path in self.shards)
-        return (total / len(self)).float()  # type: ignore[operator]
+        total = torch.stack([_load(path, "row").double().sum(0) for path in self.shards]).sum(0)
+        return (total / len(self)).float()
 
     def column(self, name: str) -> Tensor:
         """A per-document value (``norm`` or ``loss``), (N,) in corpus order."""
