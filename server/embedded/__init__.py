@@ -1,0 +1,1 @@
+"""The embedded server: the OpenAI routes on a transformers engine in this process."""

@@ -1,0 +1,344 @@
+"""Continuous batching on one thread: requests join and leave a batch whose rows each carry their own mix.
+
+Knows the model, its cache and its tokenizer's bytes; nothing of threads, event loops, queues or packages. One `step()` is
+
+    drop cancelled -> admit into a prefill group -> prefill one chunk (and join) -> decode one token for all rows
+
+Rows 0..n-1 of the cache and slots 0..n-1 of the steered model belong together. A prefill group of k requests uses the
+last k slots, so that rows may leave meanwhile; when it joins, its deltas move down beside the others.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from atoms.adapter import Delta
+from atoms.engine import FinishReason, GenerationRequest, TokenDelta, TokenLogprob
+from atoms.errors import AtomsteerError, EngineError, ModelError
+from atoms.mix import Mix
+from atoms.steered import SteeredModel
+from server.embedded.detokenize import TextStream, TokenBytes
+from server.embedded.kv import ColumnCache, prompt_cache
+from server.embedded.sampling import TokenSampler, sample_rows, token_logprobs
+
+_log = logging.getLogger(__name__)
+_SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+Sink = Callable[[TokenDelta | EngineError], None]
+"""Takes a sequence's deltas and, where it fails, its error. Called on the batcher's thread; must not block."""
+
+
+class Job:
+    """One request on its way: its sampler, its text so far, and where its deltas go."""
+
+    def __init__(self, request: GenerationRequest, limit: int, token_bytes: TokenBytes, sink: Sink) -> None:
+        params = request.sampling
+        self.request = request
+        self.limit = limit  # tokens to generate at most
+        self.generated = 0
+        self.last_token = -1
+        self.finished = False
+        self.cancelled = False  # set by any thread, read once a step
+        self.sampler = TokenSampler(params, request.prompt_token_ids)
+        self._text = TextStream(token_bytes, params.stop, params.include_stop)
+        self._bytes = token_bytes
+        self._sink = sink
+
+    def accept(self, token: int, logits: Tensor, end_tokens: frozenset[int]) -> None:
+        """Takes the token sampled from raw fp32 logits (V,), and sends what it adds."""
+        self.generated += 1
+        self.last_token = token
+        ended = token in end_tokens and not self.request.sampling.ignore_eos
+        text = "" if ended else self._text.feed(token)
+        reason: FinishReason | None = None
+        if ended or self._text.stop is not None:
+            reason = "stop"
+        elif self.generated >= self.limit:
+            reason = "length"
+        if reason is not None:
+            text += self._text.flush()
+        self.finished = reason is not None
+        self._sink(TokenDelta(text, (token,), self._logprobs(token, logits), reason, self._text.stop))
+
+    def fail(self, error: EngineError) -> None:
+        """Ends the sequence with `error`. Never raises."""
+        self.finished = True
+        try:
+            self._sink(error)
+        except Exception:  # a closed event loop: whoever waited has gone with it
+            _log.debug("nobody waits for request %s any more", self.request.request_id)
+
+    def _logprobs(self, token: int, logits: Tensor) -> tuple[TokenLogprob, ...]:
+        count = self.request.sampling.logprobs
+        if count is None:
+            return ()
+        chosen, best = token_logprobs(logits, token, count)
+        top = tuple((index, *self._render(index), logprob) for index, logprob in best)
+        return (TokenLogprob(token, *self._render(token), chosen, top),)
+
+    def _render(self, token: int) -> tuple[str, tuple[int, ...]]:
+        exact = self._bytes[token]
+        return exact.decode("utf-8", "replace"), tuple(exact)
+
+
+@dataclass
+class _PrefillGroup:
+    """Requests prefilled together: prompts (k, T) left-padded with `padding` columns each, `done` columns computed."""
+
+    jobs: list[Job]
+    tokens: Tensor
+    padding: Tensor
+    done: int = 0
+    logits: Tensor | None = None  # (k, V) of the last column, once all are computed
+    cache: Cache = field(default_factory=prompt_cache)
+
+
+class Batcher:
+    """Prefills and decodes jobs. Not thread-safe, but for the counters and `load`, which any thread may read.
+
+    Give it at most `free` jobs; they are prefilled in order of arrival.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        steered: SteeredModel,
+        compose: Callable[[Mix], Delta | None],
+        end_tokens: frozenset[int],
+        max_length: int,
+        prefill_tokens: int,
+    ) -> None:
+        _refuse_unsupported(model)
+        self._model = model
+        self._steered = steered
+        self._compose = compose
+        self._end_tokens = end_tokens
+        self._prefill_tokens = prefill_tokens
+        self._device = torch.device(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
+        self._cache = ColumnCache(steered.slots, max_length)
+        self._arrived: deque[Job] = deque()
+        self._group: _PrefillGroup | None = None
+        self._rows: list[Job] = []
+        self.prompt_tokens_total = 0
+        self.generation_tokens_total = 0
+        self.failed_steps = 0  # in a row, without a good one between
+
+    @property
+    def load(self) -> int:
+        """Jobs taken and not finished."""
+        return len(self._rows) + len(self._arrived) + (len(self._group.jobs) if self._group else 0)
+
+    @property
+    def free(self) -> int:
+        return self._steered.slots - self.load
+
+    def add(self, job: Job) -> None:
+        self._arrived.append(job)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Brings every job as far as one step goes. Model errors end the jobs concerned, and are not raised."""
+        self._drop_cancelled()
+        if self._group is None:
+            self._group = self._admit()
+        if self._group is not None:
+            self._guard(self._prefill, self._fail_group)
+        if self._group is not None and self._group.logits is not None:
+            self._guard(self._join, self._fail_all)
+        if self._rows:
+            self._guard(self._decode, self._fail_rows)
+
+    def take_all(self) -> list[Job]:
+        """All unfinished jobs, which the batcher forgets."""
+        jobs = [*self._rows, *(self._group.jobs if self._group else ()), *self._arrived]
+        self._rows, self._group = [], None
+        self._arrived.clear()
+        self._cache.clear()
+        return jobs
+
+    def _guard(self, stage: Callable[[], None], fail: Callable[[EngineError], None]) -> None:
+        try:
+            stage()
+        except Exception as error:  # the model failed: out of memory, a kernel, a hook
+            _log.exception("a model step failed")
+            self.failed_steps += 1
+            fail(_as_engine_error(error))
+        else:
+            self.failed_steps = 0
+
+    def _drop_cancelled(self) -> None:
+        self._arrived = deque(job for job in self._arrived if not job.cancelled)
+        if self._group is not None and all(job.cancelled for job in self._group.jobs):
+            self._group = None
+        self._leave([row for row, job in enumerate(self._rows) if job.cancelled])
+
+    def _admit(self) -> _PrefillGroup | None:
+        """The next requests that fit the prefill budget when padded to the longest (at least one), deltas loaded."""
+        jobs: list[Job] = []
+        width = 0
+        while self._arrived:
+            widest = max(width, len(self._arrived[0].request.prompt_token_ids))
+            if jobs and widest * (len(jobs) + 1) > self._prefill_tokens:
+                break
+            job = self._arrived.popleft()
+            if self._load_delta(job, self._steered.slots - 1 - len(jobs)):
+                jobs.append(job)
+                width = widest
+        if not jobs:
+            return None
+        jobs.reverse()  # slots were filled from the last one down; rows go with rising slots
+        tokens = torch.zeros((len(jobs), width), dtype=torch.long)
+        for row, job in enumerate(jobs):
+            prompt = job.request.prompt_token_ids
+            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
+        padding = torch.tensor([width - len(job.request.prompt_token_ids) for job in jobs])
+        return _PrefillGroup(jobs, tokens.to(self._device), padding.to(self._device))
+
+    def _load_delta(self, job: Job, slot: int) -> bool:
+        try:
+            self._steered.set_slot(slot, self._compose(job.request.mix))
+        except Exception as error:  # a mix that cannot be applied concerns its request alone
+            job.fail(_as_engine_error(error))
+            return False
+        return True
+
+    def _prefill(self) -> None:
+        """Computes the group's next columns."""
+        group = self._group
+        assert group is not None
+        count, width = group.tokens.shape
+        end = min(width, group.done + max(1, self._prefill_tokens // count))
+        columns = torch.arange(end, device=self._device)
+        with self._steered.rows(range(self._steered.slots - count, self._steered.slots)):
+            logits = self._forward(
+                tokens=group.tokens[:, group.done : end],
+                mask=columns >= group.padding.unsqueeze(1),
+                positions=(columns[group.done :] - group.padding.unsqueeze(1)).clamp(min=0),
+                cache=group.cache,
+            )
+        group.done = end
+        if end == width:
+            group.logits = logits
+
+    def _join(self) -> None:
+        """Samples each first token of a prefilled group, and makes its jobs rows."""
+        group = self._group
+        assert group is not None
+        assert group.logits is not None
+        first = self._steered.slots - len(group.jobs)
+        self._accept(group.jobs, group.logits)
+        for row, job in enumerate(group.jobs):
+            self.prompt_tokens_total += len(job.request.prompt_token_ids)
+            if job.finished or job.cancelled:
+                continue
+            target = len(self._rows)
+            if target != first + row:
+                self._steered.move_slot(first + row, target)
+            self._cache.append(group.cache, row, len(job.request.prompt_token_ids))
+            self._rows.append(job)
+        self._group = None
+
+    def _decode(self) -> None:
+        """One token for every row."""
+        self._cache.reserve_column()
+        tokens = torch.tensor([[job.last_token] for job in self._rows], device=self._device)
+        with self._steered.rows(range(len(self._rows))):
+            logits = self._forward(
+                tokens=tokens,
+                mask=self._cache.attention_mask(self._device),
+                positions=self._cache.position_ids(self._device),
+                cache=self._cache,
+            )
+        self._cache.advance()
+        self._accept(self._rows, logits)
+        self._leave([row for row, job in enumerate(self._rows) if job.finished])
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """fp32 logits (n, V) of the last column; tokens (n, t), mask (n, past + t) bool, positions (n, t)."""
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        logits: Tensor = output.logits
+        return logits[:, -1].float()
+
+    def _accept(self, jobs: list[Job], logits: Tensor) -> None:
+        """Samples one token per job from logits (n, V); a failing row ends alone."""
+        for job, row, token in zip(jobs, logits, sample_rows(logits, [job.sampler for job in jobs]), strict=True):
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                job.accept(token, row, self._end_tokens)
+                self.generation_tokens_total += 1
+            except Exception as error:  # sampling, detokenising or sending: nobody else's concern
+                job.fail(_as_engine_error(error))
+
+    def _leave(self, rows: list[int]) -> None:
+        """Removes rows, from the last up, so that the one moved into a gap is one that stays."""
+        for row in reversed(rows):
+            last = len(self._rows) - 1
+            if row != last:
+                self._steered.move_slot(last, row)
+            self._cache.remove(row)
+            self._rows[row] = self._rows[last]
+            self._rows.pop()
+
+    def _fail_group(self, error: EngineError) -> None:
+        jobs, self._group = self._group.jobs if self._group else [], None
+        for job in jobs:
+            if not job.finished:
+                job.fail(error)
+
+    def _fail_rows(self, error: EngineError) -> None:
+        jobs, self._rows = self._rows, []
+        self._cache.clear()
+        for job in jobs:
+            if not job.finished:
+                job.fail(error)
+
+    def _fail_all(self, error: EngineError) -> None:
+        """A join that failed halfway may have left the cache in any state."""
+        self._fail_group(error)
+        self._fail_rows(error)
+
+
+def _as_engine_error(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    what = str(error) if isinstance(error, AtomsteerError) else f"{type(error).__name__}: {error}"
+    wrapped = EngineError(f"generation failed: {what}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _forward_parameters(model: PreTrainedModel) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raises ModelError for models whose rows cannot share columns: recurrent states, or positions that are implied."""
+    name = type(model).__name__
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _SUPPORTED_LAYERS
+    if kinds or getattr(model, "_is_stateful", False):
+        raise ModelError(
+            f"{name} has {', '.join(sorted(kinds)) or 'recurrent'} layers; the embedded engine serves models with full and "
+            "sliding-window attention: use --engine vllm"
+        )
+    if "position_ids" not in _forward_parameters(model):
+        raise ModelError(
+            f"{name} takes no position_ids, so rows of other lengths cannot share a batch: use --engine vllm"
+        )

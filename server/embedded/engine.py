@@ -1,0 +1,307 @@
+"""The embedded engine: `atoms.engine.Engine` on transformers, safe to call from any thread and any event loop.
+
+Knows queues, threads and limits; the model's work is `server.embedded.batcher`'s. The life of a request:
+
+    1 stream() / generate()   checks lengths, makes a Job, puts it in the bounded queue        caller's thread
+    2 _run()                  hands jobs to the batcher as slots get free, steps it            worker thread
+    3 batcher.step()          composes the mix, prefills, decodes; deltas go to the job's sink worker thread
+    4 stream() / generate()   takes deltas from the sink; leaving early cancels the job        caller's thread
+
+Only the worker touches the model. When there is nothing to do it sleeps on a condition variable; set
+``OMP_WAIT_POLICY=PASSIVE`` before the process starts, or OpenMP's own threads keep spinning between steps and starve
+the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atoms.adapter import Delta
+from atoms.engine import EngineStats, Generation, GenerationRequest, TokenDelta
+from atoms.errors import (
+    ConfigError,
+    DataError,
+    EngineError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    RequestTooLongError,
+)
+from atoms.mix import Mix
+from atoms.model import context_length, encode_prompt, stop_token_ids, with_bos
+from atoms.space import LoRASpace
+from atoms.steered import SteeredModel
+from server.embedded.batcher import Batcher, Job, Sink
+from server.embedded.detokenize import TokenBytes
+
+_log = logging.getLogger(__name__)
+_DEFAULT_MAX_MODEL_LEN = 4096
+_SICK_AFTER = 3
+"""Model steps failing in a row before the engine calls itself unhealthy."""
+
+
+class EmbeddedEngine:
+    """Continuous batching in which every row carries its own mix.
+
+    `model` has the base adapter merged and belongs to the engine from now on. `compose` gives the weight delta of a
+    mix, None for none; it runs on the worker thread. Keys and values take up to slots · max_model_len tokens of memory,
+    allocated as they are needed. Between two decode steps about `prefill_tokens_per_step` prompt tokens are computed.
+
+    Raises ConfigError for sizes that cannot work, ModelError for a model that cannot be batched.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        space: LoRASpace,
+        compose: Callable[[Mix], Delta | None],
+        *,
+        slots: int = 16,
+        max_model_len: int | None = None,
+        max_waiting: int = 256,
+        prefill_tokens_per_step: int = 512,
+    ) -> None:
+        for name, value in (
+            ("slots", slots), ("max_waiting", max_waiting), ("prefill_tokens_per_step", prefill_tokens_per_step)
+        ):  # fmt: skip
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+        self._max_model_len = _model_len(_steady_context(model), max_model_len)
+        self._tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
+        self._token_bytes = TokenBytes(tokenizer)
+        self._slots = slots
+        self._max_waiting = max_waiting
+        self._steered = SteeredModel(model, space, slots)
+        try:
+            end_tokens = stop_token_ids(model, tokenizer)
+            self._batcher = Batcher(
+                model, self._steered, compose, end_tokens, self._max_model_len, prefill_tokens_per_step
+            )
+        except BaseException:
+            self._steered.close()
+            raise
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()  # guards _waiting and the three flags
+        self._draining = False
+        self._closing = False
+        self._stopped = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="embedded-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the worker runs and its last model steps did not all fail."""
+        return self._thread.is_alive() and not self._stopped and self._batcher.failed_steps < _SICK_AFTER
+
+    @property
+    def prompt_tokens_total(self) -> int:
+        """Prompt tokens computed since the start."""
+        return self._batcher.prompt_tokens_total
+
+    @property
+    def generation_tokens_total(self) -> int:
+        """Tokens generated since the start."""
+        return self._batcher.generation_tokens_total
+
+    def encode_chat(self, messages: Sequence[dict[str, object]]) -> tuple[int, ...]:
+        """See `Engine.encode_chat`. Further raises DataError for messages that the chat template refuses."""
+        if not self._tokenizer.chat_template:
+            raise ConfigError("this model has no chat template; send plain text to /v1/completions instead")
+        try:
+            with self._tokenizer_lock:
+                return tuple(encode_prompt(self._tokenizer, messages))
+        except TemplateError as error:
+            raise DataError(f"the model's chat template refuses these messages: {error}") from error
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        with self._tokenizer_lock:
+            return tuple(with_bos(self._tokenizer, self._tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
+        """See `Engine.stream`. The request is submitted, and refused, when the first delta is asked for."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[TokenDelta | EngineError] = asyncio.Queue()
+
+        def sink(item: TokenDelta | EngineError) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        job = self._job(request, sink)
+        self._submit([job], self._max_waiting)
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+                if item.finish_reason is not None:
+                    return
+        finally:
+            self._cancel([job])
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[Generation]:
+        """See `Engine.generate`. The first failure cancels the rest and is raised."""
+        collectors = [_Collector(request) for request in requests]
+        jobs = [self._job(request, collector.take) for request, collector in zip(requests, collectors, strict=True)]
+        self._submit(jobs, None)
+        try:
+            return [collector.result() for collector in collectors]
+        finally:
+            self._cancel(jobs)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self._batcher.load, len(self._waiting), self._slots)
+
+    def drain(self, timeout: float) -> bool:
+        """Refuses new requests and waits up to `timeout` seconds for those in flight. Whether all have ended."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: self._stopped or not (self._waiting or self._batcher.load), timeout)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _job(self, request: GenerationRequest, sink: Sink) -> Job:
+        return Job(request, self._token_limit(request), self._token_bytes, sink)
+
+    def _token_limit(self, request: GenerationRequest) -> int:
+        """How many tokens `request` may generate. Raises RequestTooLongError, or EngineError for what cannot be run."""
+        prompt, asked, longest = len(request.prompt_token_ids), request.sampling.max_tokens, self._max_model_len
+        if prompt == 0:
+            raise EngineError("the prompt is empty; send at least one token")
+        if "" in request.sampling.stop:
+            raise EngineError("a stop string is empty; leave it out")
+        if asked is not None and asked < 1:
+            raise EngineError(f"max_tokens is {asked}; it must be at least 1")
+        if prompt >= longest:
+            raise RequestTooLongError(
+                f"the prompt has {prompt} tokens and the context is {longest}; shorten the messages", param="messages"
+            )
+        if asked is not None and prompt + asked > longest:
+            raise RequestTooLongError(
+                f"{prompt} prompt tokens and max_tokens {asked} exceed the context of {longest}; "
+                f"ask for at most {longest - prompt} tokens or shorten the messages",
+                param="max_tokens",
+            )
+        return longest - prompt if asked is None else asked
+
+    def _submit(self, jobs: Sequence[Job], max_waiting: int | None) -> None:
+        with self._changed:
+            if self._stopped or self._closing:
+                raise EngineStoppedError("the engine has stopped" + (f": {self._failure}" if self._failure else ""))
+            if self._draining:
+                raise EngineStoppedError("the engine is shutting down and takes no new requests")
+            if max_waiting is not None and len(self._waiting) >= max_waiting:
+                raise EngineOverloadedError(
+                    f"{len(self._waiting)} requests are waiting, and the limit is {max_waiting}; try again shortly"
+                )
+            self._waiting.extend(jobs)
+            self._changed.notify_all()
+
+    def _cancel(self, jobs: Sequence[Job]) -> None:
+        """Drops unfinished jobs: waiting ones now, running ones before the next step."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+            self._waiting = deque(job for job in self._waiting if not job.cancelled)
+
+    def _run(self) -> None:
+        try:
+            while self._next_jobs():
+                self._batcher.step()
+        except BaseException as error:  # nothing may end the worker in silence
+            _log.exception("the engine died")
+            self._failure = error
+        finally:
+            self._stop()
+
+    def _next_jobs(self) -> bool:
+        """Moves jobs to the batcher as far as slots are free; sleeps while there are none. False when closing."""
+        with self._changed:
+            self._changed.notify_all()  # drain() may be waiting for the last job to leave
+            self._changed.wait_for(lambda: self._closing or self._waiting or self._batcher.load)
+            while self._waiting and self._batcher.free:
+                self._batcher.add(self._waiting.popleft())
+            return not self._closing
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            jobs = [*self._batcher.take_all(), *self._waiting]
+            self._waiting.clear()
+            self._changed.notify_all()
+        reason = f"the engine died: {self._failure}" if self._failure else "the engine is shutting down"
+        for job in jobs:
+            job.fail(EngineStoppedError(reason))
+        self._steered.close()
+
+
+class _Collector:
+    """Gathers one sequence for `generate`."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+        self._deltas: list[TokenDelta] = []
+        self._error: EngineError | None = None
+        self._done = threading.Event()
+
+    def take(self, item: TokenDelta | EngineError) -> None:
+        if isinstance(item, EngineError):
+            self._error = item
+            self._done.set()
+            return
+        self._deltas.append(item)
+        if item.finish_reason is not None:
+            self._done.set()
+
+    def result(self) -> Generation:
+        """Waits for the end. Raises the sequence's error."""
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        reason = self._deltas[-1].finish_reason
+        assert reason is not None
+        return Generation(
+            self._request.request_id,
+            "".join(delta.text for delta in self._deltas),
+            tuple(token for delta in self._deltas for token in delta.token_ids),
+            reason,
+            tuple(entry for delta in self._deltas for entry in delta.logprobs),
+        )
+
+
+def _steady_context(model: PreTrainedModel) -> int:
+    """Context length in tokens within which positions do not depend on the company.
+
+    LongRoPE changes its frequencies for the whole batch as soon as one row exceeds the original context.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        return min(context_length(model), int(original))
+    return context_length(model)
+
+
+def _model_len(context: int, asked: int | None) -> int:
+    if asked is None:
+        return min(context, _DEFAULT_MAX_MODEL_LEN)
+    if not 2 <= asked <= context:
+        raise ConfigError(f"max_model_len is {asked}; this model allows 2 to {context}")
+    return asked
