@@ -1,0 +1,1 @@
+"""Serving: steering, the routes that both servers share, and the embedded server."""

@@ -1,0 +1,64 @@
+"""Request bodies: bounded while they arrive, declared as JSON, and one object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import BodyTooLargeError, ClientDisconnectedError, InvalidJSONError, MediaTypeError
+from server.responses import error_response
+
+
+class BodyLimitMiddleware:
+    """Refuses bodies above `limit` bytes: by their declared length at once, else as soon as they grow past it."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._limit:
+            return await error_response(self._error(int(declared)))(scope, receive, send)
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._limit:
+                raise self._error(received)
+            return message
+
+        await self._app(scope, receive_counted, send)
+
+    def _error(self, size: int) -> BodyTooLargeError:
+        return BodyTooLargeError(f"the body has {size} bytes or more; the limit is {self._limit}: shorten the prompt")
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body as one JSON object.
+
+    JSON must be declared: a web page may send any other type to a server on this machine without asking it first.
+
+    Raises MediaTypeError, InvalidJSONError, BodyTooLargeError, ClientDisconnectedError.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError(
+            f"the body's type is {media_type[:80] or 'not given'!r}; send the header 'Content-Type: application/json'"
+        )
+    try:
+        data = from_json(await request.body())
+    except ClientDisconnect as error:
+        raise ClientDisconnectedError("the client hung up while it sent its request") from error
+    except ValueError as error:
+        raise InvalidJSONError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidJSONError(f"the body is a JSON {type(data).__name__}; send an object")
+    return data

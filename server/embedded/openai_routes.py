@@ -1,0 +1,118 @@
+"""/v1/chat/completions and /v1/completions. The life of a request:
+
+1 read_json, Body.read        bounded, strict; unsupported fields refused by name
+2 Steering.resolve            one bounded mix, or an error; from here on every response carries its digest
+3 Sequences.of                prompts x n rows for the engine
+4 Sequences.run               deltas, until all have ended or the client hangs up
+5 AnswerFormat                OpenAI's types, whole or as server-sent events
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.body import read_json
+from server.context import RequestContext, Traffic
+from server.embedded.answering import Answering
+from server.embedded.formats import ChatFormat, CompletionFormat
+from server.embedded.generation import Sequences, ServedEngine
+from server.embedded.messages import template_messages
+from server.embedded.protocol import ChatBody, CompletionBody, GenerationBody, Prompt
+from server.embedded.stream import EventStream, unless_disconnected
+from server.errors import InvalidFieldError
+from server.limits import Limits
+from server.metrics import ServerMetrics
+from server.steering import ResolvedSteering, Steering
+
+
+@dataclass(frozen=True)
+class OpenAIRoutes:
+    """The two generation routes on one engine. `vocabulary` bounds token ids, None where it is not known."""
+
+    engine: ServedEngine
+    steering: Steering
+    metrics: ServerMetrics
+    traffic: Traffic
+    limits: Limits
+    fingerprint: str
+    vocabulary: int | None = None
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        router.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
+        return router
+
+    async def chat(self, request: Request) -> Response:
+        context = self._begin(request)
+        body = ChatBody.read(await read_json(request), self.limits)
+        messages = template_messages(body.messages, self.limits)
+        steering = self._steer(request, body)
+        prompts = [self.engine.encode_chat(messages)]
+        answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        form = ChatFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
+        sequences = self._sequences(answer_id, body, prompts, steering, "messages")
+        answering = Answering(self.engine, self.metrics, context, sequences, form, prompt_field="messages")
+        return await _respond(request, body, answering)
+
+    async def complete(self, request: Request) -> Response:
+        context = self._begin(request)
+        body = CompletionBody.read(await read_json(request), self.limits)
+        steering = self._steer(request, body)
+        prompts = [self._encode(prompt) for prompt in body.prompts()]
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        form = CompletionFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
+        sequences = self._sequences(answer_id, body, prompts, steering, "prompt")
+        answering = Answering(self.engine, self.metrics, context, sequences, form, prompt_field="prompt")
+        return await _respond(request, body, answering)
+
+    def _begin(self, request: Request) -> RequestContext:
+        context: RequestContext = request.state.context
+        context.generates = True
+        self.traffic.refuse_if_draining()
+        return context
+
+    def _steer(self, request: Request, body: GenerationBody) -> ResolvedSteering:
+        """Resolves the mix and records it. Raises what `Steering` raises."""
+        preset = self.steering.preset_of_model(body.model)
+        with self.metrics.counting_refusals():
+            resolved = self.steering.resolve(body.steering, model_preset=preset, admin=request.state.admin)
+        request.state.context.steering = resolved
+        self.metrics.steered(resolved)
+        return resolved
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        return self.engine.encode_text(prompt) if isinstance(prompt, str) else prompt
+
+    def _sequences(
+        self,
+        answer_id: str,
+        body: GenerationBody,
+        prompts: Sequence[tuple[int, ...]],
+        steering: ResolvedSteering,
+        param: str,
+    ) -> Sequences:
+        """Raises InvalidFieldError for an empty prompt or a token id outside the vocabulary."""
+        sampling = body.sampling()
+        for prompt in prompts:
+            if not prompt:
+                raise InvalidFieldError("the prompt has no tokens; send some text", param)
+            self._check_ids(max(prompt), param)
+        self._check_ids(max((token for token, _ in sampling.logit_bias), default=0), "logit_bias")
+        return Sequences.of(answer_id, prompts, body.n, steering.mix, sampling)
+
+    def _check_ids(self, largest: int, param: str) -> None:
+        if self.vocabulary is not None and largest >= self.vocabulary:
+            raise InvalidFieldError(f"token id {largest} is outside the vocabulary of {self.vocabulary} tokens", param)
+
+
+async def _respond(request: Request, body: GenerationBody, answering: Answering) -> Response:
+    if body.stream:
+        return EventStream(lambda: answering.events(body.include_usage), answering.context)
+    return Response(await unless_disconnected(request.receive, answering.whole()), media_type="application/json")

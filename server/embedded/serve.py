@@ -1,0 +1,156 @@
+"""Runs the embedded server until a signal ends it.
+
+    reserve the port  ->  load package and model  ->  serve  ->  on SIGTERM or SIGINT drain  ->  stop the engine
+
+Draining: `/ready` turns 503 and new generations are refused with 503 and Retry-After, while the socket stays open, so
+that a router sees it. Requests in progress have `shutdown_timeout` seconds; what is left then ends with an error event.
+A second signal ends them at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from atoms.errors import ConfigError
+from server.config import ServeConfig
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from server.context import Traffic
+    from server.embedded.generation import ServedEngine
+    from server.embedded.load import EngineOptions
+
+_log = logging.getLogger("atomsteer.server")
+_LAST_WORDS = 5
+"""Seconds that responses get to send their end once the engine has stopped."""
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves `config.package`; blocks until SIGTERM or SIGINT has been obeyed, then returns.
+
+    Raises ConfigError (a port that is taken, first of all), and what `load_package` raises.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; else idle threads spin, see the engine
+    config = config.with_environment(os.environ)
+    _set_up_logging()
+    with reserve_port(config.host, config.port) as listener:
+        from server.context import Traffic
+        from server.embedded.app import create_app
+        from server.embedded.load import load_package
+
+        loaded = load_package(config.package, engine_options(config))
+        try:
+            traffic = Traffic()
+            app = create_app(loaded.package, loaded.engine, config, traffic=traffic, vocabulary=loaded.vocabulary)
+            manifest = loaded.package.manifest
+            name = config.served_model_name or manifest.name
+            greeting = f"atomsteer serves {name!r} ({len(manifest.atoms)} atoms) on {_url(listener)}"
+            server = draining_server(app, loaded.engine, traffic, config.shutdown_timeout, greeting)
+            server.run(sockets=[listener])
+        finally:
+            loaded.engine.close()
+
+
+def engine_options(config: ServeConfig) -> EngineOptions:
+    """The part of `config` that loading needs."""
+    from server.embedded.load import EngineOptions
+
+    return EngineOptions(
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
+        slots=config.slots,
+        max_model_len=config.max_model_len,
+        max_waiting=config.max_waiting,
+        prefill_tokens_per_step=config.prefill_tokens_per_step,
+    )
+
+
+def draining_server(
+    app: FastAPI, engine: ServedEngine, traffic: Traffic, timeout: float, greeting: str
+) -> DrainingServer:
+    """A server of `app`, to be run on a bound socket. Prints `greeting` once requests are accepted."""
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_LAST_WORDS,
+    )
+    return DrainingServer(settings, engine, traffic, timeout, greeting)
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that answers a signal by draining, and returns instead of dying of the signal."""
+
+    def __init__(
+        self, config: uvicorn.Config, engine: ServedEngine, traffic: Traffic, timeout: float, greeting: str
+    ) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._traffic = traffic
+        self._timeout = timeout
+        self._greeting = greeting
+        self._deadline = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise ConfigError(f"cannot listen: {error.strerror or error}; choose another --port") from error
+        print(self._greeting, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain; a second signal ends the wait."""
+        now = time.monotonic()
+        self._deadline = now if self._traffic.draining else now + self._timeout
+        self._traffic.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._traffic.draining and (not self._traffic.active or time.monotonic() >= self._deadline):
+            _log.info("stopping with %d requests in progress", self._traffic.active)
+            self._engine.close()  # what is left ends with an error event
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def reserve_port(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port`, not listening yet: a taken port is found before a model is loaded.
+
+    Raises ConfigError that names host, port and the remedy.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host {host!r} cannot be resolved ({error}); choose an address such as 127.0.0.1") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on port {port} of {host}: {error.strerror or error}; stop what uses it, or choose another "
+            "with --port"
+        ) from error
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _set_up_logging() -> None:
+    """Lines on stderr, unless whoever embeds the server has set logging up."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

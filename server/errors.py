@@ -1,0 +1,148 @@
+"""Errors of requests, and the one table that maps every error to an HTTP status and OpenAI's error body.
+
+Knows no web framework: both servers read the table. What is not in it is a bug, and becomes a 500 that tells nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from atoms.errors import (
+    AtomsteerError,
+    CoefficientError,
+    ConfigError,
+    DataError,
+    DriftBudgetError,
+    EngineError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    MixError,
+    RequestTooLongError,
+    UnknownAtomError,
+)
+
+
+class RequestError(AtomsteerError):
+    """A request that cannot be served as it is. `param` names the field at fault, None where it is no field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidJSONError(RequestError):
+    """The body is no JSON object."""
+
+
+class InvalidFieldError(RequestError):
+    """A field is missing, of the wrong type or out of bounds."""
+
+
+class UnsupportedFieldError(RequestError):
+    """A field that would change the answer and is not supported: refused by name, never ignored."""
+
+
+class AuthenticationError(RequestError):
+    """No key, or a wrong one."""
+
+
+class PermissionDeniedError(RequestError):
+    """The key is good, but not for this."""
+
+
+class ModelNotFoundError(RequestError):
+    """No model of this name is served."""
+
+
+class PresetNotFoundError(RequestError):
+    """No preset has this name."""
+
+
+class DocumentsNotFoundError(RequestError):
+    """The package holds no documents."""
+
+
+class RouteNotFoundError(RequestError):
+    """No route has this path."""
+
+
+class MethodNotAllowedError(RequestError):
+    """The route does not know this method."""
+
+
+class BodyTooLargeError(RequestError):
+    """The body is longer than the limit."""
+
+
+class MediaTypeError(RequestError):
+    """The body is not declared as JSON."""
+
+
+class ClientDisconnectedError(RequestError):
+    """The client hung up; nobody reads the answer. The status is for logs and metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    """What an error class is on the wire. `message` replaces the error's own where that may tell internals."""
+
+    status: int
+    type: str
+    code: str
+    message: str | None = None
+
+
+_INVALID, _SERVER = "invalid_request_error", "server_error"
+_STOPPED = "the server is shutting down or its engine has died; try again later, or on another replica"
+_FAILED = "the answer could not be generated; the server's log says why, under this response's X-Request-Id"
+UNEXPECTED = ErrorKind(500, _SERVER, "internal_error", _FAILED)
+
+_KINDS: dict[type[Exception], ErrorKind] = {
+    InvalidJSONError: ErrorKind(400, _INVALID, "invalid_json"),
+    InvalidFieldError: ErrorKind(400, _INVALID, "invalid_value"),
+    UnsupportedFieldError: ErrorKind(400, _INVALID, "unsupported_parameter"),
+    ConfigError: ErrorKind(400, _INVALID, "unsupported_by_model"),
+    DataError: ErrorKind(400, _INVALID, "invalid_messages"),
+    AuthenticationError: ErrorKind(401, _INVALID, "invalid_api_key"),
+    PermissionDeniedError: ErrorKind(403, "permission_error", "admin_key_required"),
+    ModelNotFoundError: ErrorKind(404, _INVALID, "model_not_found"),
+    PresetNotFoundError: ErrorKind(404, _INVALID, "preset_not_found"),
+    DocumentsNotFoundError: ErrorKind(404, _INVALID, "documents_not_found"),
+    RouteNotFoundError: ErrorKind(404, _INVALID, "route_not_found"),
+    MethodNotAllowedError: ErrorKind(405, _INVALID, "method_not_allowed"),
+    BodyTooLargeError: ErrorKind(413, _INVALID, "body_too_large"),
+    MediaTypeError: ErrorKind(415, _INVALID, "unsupported_media_type"),
+    ClientDisconnectedError: ErrorKind(499, _INVALID, "client_disconnected"),
+    UnknownAtomError: ErrorKind(404, _INVALID, "atom_not_found"),
+    CoefficientError: ErrorKind(400, _INVALID, "invalid_coefficient"),
+    DriftBudgetError: ErrorKind(400, _INVALID, "drift_budget_exceeded"),
+    MixError: ErrorKind(400, _INVALID, "invalid_steering"),
+    RequestTooLongError: ErrorKind(400, _INVALID, "context_length_exceeded"),
+    EngineOverloadedError: ErrorKind(429, "rate_limit_error", "engine_overloaded"),
+    EngineStoppedError: ErrorKind(503, _SERVER, "engine_stopped", _STOPPED),
+    EngineError: ErrorKind(500, _SERVER, "generation_failed", _FAILED),
+}
+
+
+def error_kind(error: BaseException) -> ErrorKind:
+    """The nearest class of the table, `UNEXPECTED` if there is none."""
+    return next((_KINDS[cls] for cls in type(error).__mro__ if cls in _KINDS), UNEXPECTED)
+
+
+def error_body(error: BaseException) -> dict[str, dict[str, str | None]]:
+    """OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
+    kind = error_kind(error)
+    message = kind.message or str(error)
+    return {"error": {"message": message, "type": kind.type, "param": getattr(error, "param", None), "code": kind.code}}
+
+
+def error_headers(error: BaseException) -> dict[str, str]:
+    """Headers that belong to the error's status: ``WWW-Authenticate``, ``Retry-After`` in whole seconds."""
+    if isinstance(error, AuthenticationError):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(error, EngineOverloadedError):
+        return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    if isinstance(error, EngineStoppedError):
+        return {"Retry-After": "5"}
+    return {}

@@ -1,0 +1,32 @@
+"""How much one request may ask for. Every number is a setting; none is hidden in a handler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from atoms.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Upper bounds of one request.
+
+    `max_body_bytes` counts the body as sent. `max_n` bounds `n` alone, `max_sequences` the product of prompts and `n`.
+    `max_stop_bytes` is the length of one stop string in UTF-8.
+    """
+
+    max_body_bytes: int = 1 << 20
+    max_messages: int = 1024
+    max_atoms_per_mix: int = 32
+    max_n: int = 16
+    max_sequences: int = 64
+    max_stop: int = 16
+    max_stop_bytes: int = 1024
+    max_logprobs: int = 20
+    max_logit_bias: int = 1024
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{field.name} is {value!r}; it must be a whole number of at least 1")

@@ -1,0 +1,112 @@
+"""Prometheus metrics of one server, in a registry of its own.
+
+vLLM's names where they mean the same, so that its dashboards work; ours begin with ``atomsteer_``. Label values are
+bounded: presets, arms and atoms are those that exist, never what a client sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from atoms.engine import EngineStats
+from atoms.errors import AtomsteerError
+from server.errors import error_kind
+from server.steering import ResolvedSteering
+
+_LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+_FIRST_TOKEN = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+_BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_KL = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 2.0, 5.0)
+
+
+class ServerMetrics:
+    """What is counted. `stats` is read at each scrape."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._model_name = model_name
+        registry.register(_LoadCollector(model_name, stats))
+        label = ("model_name",)
+        prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens processed", label, registry=registry)
+        generated = Counter("vllm:generation_tokens", "Tokens generated", label, registry=registry)
+        self._prompt_tokens, self._generated = prompt_tokens.labels(model_name), generated.labels(model_name)
+        self._first_token = self._seconds("vllm:time_to_first_token_seconds", "To the first token", _FIRST_TOKEN)
+        self._latency = self._seconds("vllm:e2e_request_latency_seconds", "Request to last token", _LATENCY)
+        self._gap = self._seconds("vllm:inter_token_latency_seconds", "From token to token", _BETWEEN_TOKENS)
+        self._requests = Counter(
+            "atomsteer_requests", "Generation requests", ("preset", "arm", "status"), registry=registry
+        )
+        self._atoms = Counter("atomsteer_atom_requests", "Requests that an atom steered", ("atom",), registry=registry)
+        self._kl = Histogram(
+            "atomsteer_predicted_kl", "Predicted KL of the mix, nats a token", buckets=_KL, registry=registry
+        )
+        self._steering_errors = Counter(
+            "atomsteer_steering_errors", "Requests refused for their steering", ("code",), registry=registry
+        )
+
+    def render(self) -> bytes:
+        """Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def steered(self, steering: ResolvedSteering) -> None:
+        """A request's mix was resolved."""
+        self._kl.observe(steering.predicted_kl)
+        for atom, _ in steering.mix:
+            self._atoms.labels(atom).inc()
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Counts the error with which the block refuses a request's steering, by its code in the error table."""
+        try:
+            yield
+        except AtomsteerError as error:
+            self._steering_errors.labels(error_kind(error).code).inc()
+            raise
+
+    def sequence_started(self, prompt_tokens: int, seconds: float) -> None:
+        """A sequence's first token came, `seconds` after the request."""
+        self._prompt_tokens.inc(prompt_tokens)
+        self._first_token.observe(seconds)
+
+    def tokens_generated(self, count: int, gap: float | None) -> None:
+        """`count` tokens came, `gap` seconds after the sequence's token before; None for its first."""
+        self._generated.inc(count)
+        if gap is not None:
+            for _ in range(count):
+                self._gap.observe(gap / count)
+
+    def request_finished(self, steering: ResolvedSteering | None, status: int, seconds: float) -> None:
+        """A generation request ended; `status` is 500 where a stream broke off and 499 where the client left."""
+        preset, arm = (steering.preset or "", steering.arm or "") if steering else ("", "")
+        self._requests.labels(preset, arm, str(status)).inc()
+        if status == 200:
+            self._latency.observe(seconds)
+
+    def _seconds(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        """A histogram of seconds, of the one model."""
+        return Histogram(name, text, ("model_name",), buckets=buckets, registry=self._registry).labels(self._model_name)
+
+
+class _LoadCollector(Collector):
+    """Running and waiting sequences, asked for at each scrape rather than kept in step."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        self._model_name = model_name
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, text, value in (
+            ("vllm:num_requests_running", "Sequences being decoded", stats.running),
+            ("vllm:num_requests_waiting", "Sequences waiting for a slot", stats.waiting),
+        ):
+            family = GaugeMetricFamily(name, text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family

@@ -1,0 +1,1 @@
+"""Routes that do not generate; the same routers serve on both servers."""

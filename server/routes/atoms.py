@@ -1,0 +1,52 @@
+"""/v1/atoms: the cards of a package's atoms, and, for admin keys, the training documents behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from atoms.manifest import AtomCard
+from atoms.package import Package
+from server.errors import DocumentsNotFoundError, PermissionDeniedError
+from server.responses import JSONResponse
+
+
+def atoms_router(package: Package, *, allow_training_text: bool) -> APIRouter:
+    """Reads `package` only."""
+    router = APIRouter()
+
+    @router.get("/v1/atoms", response_model=None)
+    async def list_atoms() -> Response:
+        cards = [card_json(card) for card in package.manifest.atoms]
+        return JSONResponse({"object": "list", "package": _identity(package), "data": cards})
+
+    @router.get("/v1/atoms/{atom}", response_model=None)
+    async def show_atom(atom: str) -> Response:
+        return JSONResponse(card_json(package.card(atom[:128])))
+
+    @router.get("/v1/atoms/{atom}/documents", response_model=None)
+    def show_documents(atom: str, request: Request) -> Response:  # reads a file: runs on a worker thread
+        if not request.state.admin:
+            raise PermissionDeniedError("training documents need an admin key; send one")
+        if not allow_training_text:
+            raise PermissionDeniedError("this server is set not to show training documents to anybody")
+        card = package.card(atom[:128])
+        evidence = package.evidence()
+        if not evidence:
+            raise DocumentsNotFoundError(f"package {package.manifest.name!r} was made without documents")
+        documents: list[object] = next((line["documents"] for line in evidence if line["atom"] == card.id), [])
+        return JSONResponse({"object": "list", "atom": card.id, "data": documents})
+
+    return router
+
+
+def card_json(card: AtomCard) -> dict[str, Any]:
+    """A card as it is sent: all of the manifest's entry, and its display name."""
+    return {"object": "atom", "name": card.name, **card.model_dump(mode="json")}
+
+
+def _identity(package: Package) -> dict[str, str]:
+    return {"name": package.manifest.name, "version": package.manifest.version}

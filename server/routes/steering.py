@@ -1,0 +1,36 @@
+"""/v1/steering/preview: what a request would be steered with, without generating."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.body import read_json
+from server.errors import InvalidFieldError
+from server.metrics import ServerMetrics
+from server.responses import JSONResponse
+from server.steering import Steering
+
+_FIELDS = ("steering", "model")
+
+
+def preview_router(steering: Steering, metrics: ServerMetrics) -> APIRouter:
+    """The body is ``{"steering": {...}, "model": "name:preset"}``, both optional; other fields are refused."""
+    router = APIRouter()
+
+    @router.post("/v1/steering/preview", response_model=None)
+    async def preview(request: Request) -> Response:
+        body = await read_json(request)
+        for name in body.keys() - set(_FIELDS):
+            raise InvalidFieldError(f"{name[:64]} is no field of a preview, which has {', '.join(_FIELDS)}", name[:64])
+        model = body.get("model") or steering.served_name
+        if not isinstance(model, str):
+            raise InvalidFieldError("model must be a text", "model")
+        preset = steering.preset_of_model(model)
+        with metrics.counting_refusals():
+            resolved = steering.resolve(body.get("steering"), model_preset=preset, admin=request.state.admin)
+        request.state.context.steering = resolved
+        return JSONResponse({"object": "steering.preview", "model": model, "steering": resolved.echo()})
+
+    return router

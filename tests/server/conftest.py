@@ -1,0 +1,158 @@
+"""A toy package of three atoms, and servers on a scripted engine: in process, and on a real socket."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient
+
+from atoms.adapter import Adapter
+from atoms.manifest import AtomCard, BaseModelRef, Coherence, Conventions, Manifest, Orientation
+from atoms.package import Package, PackageContents, atom_id, write_package
+from atoms.space import LoRAModule, LoRASpace
+from server.config import ServeConfig
+from server.context import Traffic
+from server.embedded.app import create_app
+from server.embedded.scripted import ScriptedEngine
+from server.embedded.serve import DrainingServer, draining_server, reserve_port
+
+ALIASES = ("list", "formal", None)
+DRIFT = torch.tensor([[0.1, 0.02, 0.0], [0.02, 0.1, -0.05], [0.0, -0.05, 0.1]])
+DOCUMENT = "a secret training document"
+
+
+def _card(content_hash: str, alias: str | None) -> AtomCard:
+    return AtomCard(
+        id=atom_id(content_hash),
+        alias=alias,
+        content_hash=content_hash,
+        description="answers with a list",
+        keywords=["list"],
+        coherence=Coherence(raw=0.2, raw_z=9, whitened=0.1, whitened_z=8),
+        stability=None,
+        n_documents=40,
+        orientation=Orientation(n_documents=6, loss_unsteered=2.0, loss_at_plus_one=1.9),
+        tested_range=(-3.0, 3.0),
+        kl_curve=[(-1.0, 0.05), (1.0, 0.05)],
+    )
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    space = LoRASpace.of([LoRAModule("layers.0.q_proj", 4, 4, 2, 1.0)])
+    generator = torch.Generator().manual_seed(0)
+
+    def direction() -> dict[str, torch.Tensor]:
+        return {tensor.key: torch.randn(tensor.shape, generator=generator) for tensor in space.tensors}
+
+    base = Adapter(space, direction(), {"target_modules": ["q_proj"]})
+    directions = [direction() for _ in ALIASES]
+    cards = [_card(space.hash_tensors(d), alias) for d, alias in zip(directions, ALIASES, strict=True)]
+    manifest = Manifest(
+        name="demo",
+        version="1.0",
+        base_model=BaseModelRef(id="toy/base", config_hash="0" * 64, weights="1" * 64),
+        adapter_hash=base.content_hash(),
+        conventions=Conventions(unprojection_exponent=0.5, composition="parameter"),
+        atoms=cards,
+        files={},
+    )
+    documents = [{"id": "d1", "code": 0.5, "prompt": "p", "response": DOCUMENT}]
+    evidence = json.dumps({"atom": cards[0].id, "documents": documents}) + "\n"
+    path: Path = tmp_path_factory.mktemp("package") / "demo"
+    contents = PackageContents(
+        manifest,
+        base,
+        dict(zip([card.id for card in cards], directions, strict=True)),
+        {"M": DRIFT},
+        {"mean": torch.zeros(1)},
+        {"evidence.jsonl": evidence},
+    )
+    write_package(path, contents)
+    return Package.read(path)
+
+
+@pytest.fixture
+def ids(package: Package) -> list[str]:
+    return [card.id for card in package.manifest.atoms]
+
+
+@pytest.fixture
+def config(package: Package) -> ServeConfig:
+    return ServeConfig(package=package.path, presets=("polite=formal=1,list=-1", "lists=list=2"))
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@dataclass
+class RunningServer:
+    """A server on a thread."""
+
+    url: str
+    app: FastAPI
+    engine: ScriptedEngine
+    traffic: Traffic
+    uvicorn: DrainingServer
+    thread: threading.Thread
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether `condition` came true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+@pytest.fixture(name="wait_for")
+def wait_for_fixture() -> Callable[..., bool]:
+    return wait_for
+
+
+@pytest.fixture
+def client_of(package: Package, config: ServeConfig, engine: ScriptedEngine) -> Callable[..., AsyncClient]:
+    """An httpx client of an application in this process; arguments replace `config` and headers."""
+
+    def make(config: ServeConfig = config, key: str | None = None) -> AsyncClient:
+        app = create_app(package, engine, config, vocabulary=1000)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return AsyncClient(transport=ASGITransport(app), base_url="http://test", headers=headers)
+
+    return make
+
+
+@pytest.fixture
+async def client(client_of: Callable[..., AsyncClient]):
+    async with client_of() as client:
+        yield client
+
+
+@pytest.fixture
+def server(package: Package, config: ServeConfig, engine: ScriptedEngine) -> Iterator[RunningServer]:
+    traffic = Traffic()
+    app = create_app(package, engine, config, traffic=traffic)
+    listener = reserve_port("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    running = draining_server(app, engine, traffic, config.shutdown_timeout, f"ready on {url}")
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        assert wait_for(lambda: running.started)
+        yield RunningServer(url, app, engine, traffic, running, thread)
+    finally:
+        running.should_exit = True
+        thread.join(10)
+        listener.close()
