@@ -36,7 +36,7 @@ class Mix:
         """Rounds to 1e-4 and drops zeros. Raises CoefficientError for NaN, infinities and |c| above `MAX_COEFFICIENT`."""
         steps = []
         for atom, value in sorted(coefficients.items()):
-            if not math.isfinite(value) or abs(value) > MAX_COEFFICIENT:
+            if not abs(value) <= MAX_COEFFICIENT:  # also NaN, infinities, and integers too large for a float
                 raise CoefficientError(
                     f"coefficient {value!r} of atom {atom!r} is not a finite number within ±{MAX_COEFFICIENT:g}; "
                     "usual values lie within ±3",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads starve whatever shares the cores
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from atoms.model import merge_adapter
 from atoms.package import Package
 from offline.config import (
     CalibrateConfig,
@@ -33,6 +37,8 @@ from offline.pipeline import discover
 from offline.progress import Progress
 
 ROOT = Path(__file__).parents[1]
+TINY_SHARD = 16
+"""Documents in a shard of rows, so that the tiny corpus has several."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -62,10 +68,13 @@ def smol_tokenizer(smol_path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(smol_path)
 
 
-def demo_rows(behaviours: Iterable[str], each: int, longest: int = 10_000) -> list[dict]:
-    """The first `each` demo documents of every behaviour with at most `longest` characters of text."""
+def demo_rows(behaviours: Iterable[str], each: int, longest: int) -> list[dict]:
+    """The first `each` demo documents of every behaviour with at most `longest` characters of text, led by a short system
+    message in place of the template's long one."""
     rows = [json.loads(line) for line in demo_data("demo_documents").read_text(encoding="utf-8").splitlines()]
     short = [row for row in rows if sum(len(m["content"]) for m in row["messages"]) <= longest]
+    for row in short:
+        row["messages"].insert(0, {"role": "system", "content": "Answer."})
     return [row for behaviour in behaviours for row in [r for r in short if r["task"] == behaviour][:each]]
 
 
@@ -79,17 +88,25 @@ def real_package(smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     """A small discovery on the real model: enough for real directions, far too little for good ones. Do not change it:
     copy its directory first."""
     root = tmp_path_factory.mktemp("real")
-    data = write_jsonl(root / "data.jsonl", demo_rows(("yes-no", "one-word", "bulleted-list", "lower-case"), 10, 160))
+    data = write_jsonl(root / "data.jsonl", demo_rows(("yes-no", "one-word", "bulleted-list"), 8, 150))
     config = DiscoverConfig(
         model=str(smol_path), data=data, out=root / "package", name="real", dtype="float32", device="cpu",
         finetune=FinetuneConfig(epochs=0.5, batch_documents=5),
-        curvature=CurvatureConfig(factor_documents=8, eigenvalue_documents=8, components=20),
+        curvature=CurvatureConfig(factor_documents=6, eigenvalue_documents=6, components=20),
         dictionary=DictionaryConfig(atoms=6, alpha=0.05, iterations=10),
         select=SelectConfig(keep=3, min_documents=2, min_z=-1e9),
         calibrate=CalibrateConfig(prompts=2, continuation_tokens=8, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=2),
     )  # fmt: skip
     return discover(config, Progress(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def merged_smol(real_package: Package, load_smol: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The real model with the real package's θ0 merged: what a server runs."""
+    model = load_smol()
+    merge_adapter(model, real_package.base_adapter)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -129,3 +146,36 @@ def tiny_model_dir(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: py
 def tiny_model(tiny_model_dir: Path) -> PreTrainedModel:
     """The tiny model, loaded afresh in fp32."""
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 short documents of three behaviours as JSON lines."""
+    rows = demo_rows(("yes-no", "one-word", "bulleted-list"), 16, 150)
+    return write_jsonl(tmp_path_factory.mktemp("data") / "documents.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_model_dir: Path, tiny_data: Path) -> Callable[..., DiscoverConfig]:
+    """`tiny_config(out, **changes)`: a discovery on the tiny model, whose parts (`finetune=…`) may be replaced."""
+
+    def config(out: Path, **changes: object) -> DiscoverConfig:
+        settings: dict = {
+            "model": str(tiny_model_dir), "data": tiny_data, "out": out, "name": "tiny", "dtype": "float32", "device": "cpu",
+            "finetune": FinetuneConfig(rank=4, epochs=2, batch_documents=8, learning_rate=0.02, checkpoint_every=3),
+            "curvature": CurvatureConfig(factor_documents=16, eigenvalue_documents=16, components=20),
+            "dictionary": DictionaryConfig(atoms=6, alpha=0.05, iterations=10, held_out=0.25),
+            "select": SelectConfig(keep=4, min_documents=2, min_z=-1e9),
+            "calibrate": CalibrateConfig(prompts=3, continuation_tokens=8, coefficients=(-1.0, 1.0)),
+        }  # fmt: skip
+        return DiscoverConfig(**(settings | changes))
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_package(tiny_config: Callable[..., DiscoverConfig], tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """A package of the tiny model from an unbroken run, with its working directory beside it. Do not change it: copy it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offline.rows.SHARD_DOCUMENTS", TINY_SHARD)
+        return discover(tiny_config(tmp_path_factory.mktemp("tiny-package") / "package"), Progress(quiet=True))
