@@ -38,7 +38,7 @@ class LoadedPackage:
 def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
     """Raises PackageError, ModelError, WrongBaseError, AdapterError, ConfigError; nothing runs then."""
     package = Package.read(path)
-    bank = package.bank  # read and verified now, rather than at the first steered request
+    bank, _ = package.bank, package.drift  # read and verified now, rather than at the first steered request
     device = choose_device(options.device)
     dtype = choose_dtype(device, options.dtype)
     reference = package.manifest.base_model

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class OpenAIRoutes:
         body = ChatBody.read(await read_json(request), self.limits)
         messages = template_messages(body.messages, self.limits)
         steering = self._steer(request, body)
-        prompts = [self.engine.encode_chat(messages)]
+        prompts = [await asyncio.to_thread(self.engine.encode_chat, messages)]  # long texts must not hold streams up
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         form = ChatFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
         sequences = self._sequences(answer_id, body, prompts, steering, "messages")
@@ -65,7 +66,7 @@ class OpenAIRoutes:
         context = self._begin(request)
         body = CompletionBody.read(await read_json(request), self.limits)
         steering = self._steer(request, body)
-        prompts = [self._encode(prompt) for prompt in body.prompts()]
+        prompts = await asyncio.to_thread(self._encode, body.prompts())
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         form = CompletionFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
         sequences = self._sequences(answer_id, body, prompts, steering, "prompt")
@@ -87,8 +88,8 @@ class OpenAIRoutes:
         self.metrics.steered(resolved)
         return resolved
 
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        return self.engine.encode_text(prompt) if isinstance(prompt, str) else prompt
+    def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        return [self.engine.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
     def _sequences(
         self,

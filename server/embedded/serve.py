@@ -9,6 +9,8 @@ A second signal ends them at once.
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 import logging
 import os
 import socket
@@ -52,6 +54,8 @@ def serve(config: ServeConfig) -> None:
             app = create_app(loaded.package, loaded.engine, config, traffic=traffic, vocabulary=loaded.vocabulary)
             manifest = loaded.package.manifest
             name = config.served_model_name or manifest.name
+            if not config.api_keys and not _is_loopback(listener):
+                _log.warning("no API key is set: whoever reaches %s may use this server", _url(listener))
             greeting = f"atomsteer serves {name!r} ({len(manifest.atoms)} atoms) on {_url(listener)}"
             server = draining_server(app, loaded.engine, traffic, config.shutdown_timeout, greeting)
             server.run(sockets=[listener])
@@ -118,7 +122,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._traffic.draining and (not self._traffic.active or time.monotonic() >= self._deadline):
             _log.info("stopping with %d requests in progress", self._traffic.active)
-            self._engine.close()  # what is left ends with an error event
+            await asyncio.to_thread(self._engine.close)  # what is left ends with an error event
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -144,6 +148,10 @@ def reserve_port(host: str, port: int) -> socket.socket:
             "with --port"
         ) from error
     return listener
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _url(listener: socket.socket) -> str:

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from atoms.errors import UnknownAtomError
 from atoms.manifest import AtomCard
 from atoms.package import Package
 from server.errors import DocumentsNotFoundError, PermissionDeniedError
@@ -25,7 +26,7 @@ def atoms_router(package: Package, *, allow_training_text: bool) -> APIRouter:
 
     @router.get("/v1/atoms/{atom}", response_model=None)
     async def show_atom(atom: str) -> Response:
-        return JSONResponse(card_json(package.card(atom[:128])))
+        return JSONResponse(card_json(_card(package, atom)))
 
     @router.get("/v1/atoms/{atom}/documents", response_model=None)
     def show_documents(atom: str, request: Request) -> Response:  # reads a file: runs on a worker thread
@@ -33,7 +34,7 @@ def atoms_router(package: Package, *, allow_training_text: bool) -> APIRouter:
             raise PermissionDeniedError("training documents need an admin key; send one")
         if not allow_training_text:
             raise PermissionDeniedError("this server is set not to show training documents to anybody")
-        card = package.card(atom[:128])
+        card = _card(package, atom)
         evidence = package.evidence()
         if not evidence:
             raise DocumentsNotFoundError(f"package {package.manifest.name!r} was made without documents")
@@ -46,6 +47,14 @@ def atoms_router(package: Package, *, allow_training_text: bool) -> APIRouter:
 def card_json(card: AtomCard) -> dict[str, Any]:
     """A card as it is sent: all of the manifest's entry, and its display name."""
     return {"object": "atom", "name": card.name, **card.model_dump(mode="json")}
+
+
+def _card(package: Package, name: str) -> AtomCard:
+    """The atom named in a path. Raises UnknownAtomError."""
+    try:
+        return package.card(name[:128])
+    except UnknownAtomError as error:
+        raise UnknownAtomError(str(error), param="atom") from error  # the package blames a field of the body
 
 
 def _identity(package: Package) -> dict[str, str]:

@@ -51,7 +51,7 @@ async def test_atoms(client: AsyncClient, ids: list[str]) -> None:
             "kl_curve", "effects", "orientation", "stability"} <= card.keys()  # fmt: skip
     assert card["tested_range"] == [-3.0, 3.0]
     missing = await client.get("/v1/atoms/lits")
-    assert missing.status_code == 404
+    assert (missing.status_code, missing.json()["error"]["param"]) == (404, "atom")
     assert "list" in missing.json()["error"]["message"], "near misses are named"
 
 
