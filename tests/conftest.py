@@ -94,7 +94,7 @@ def real_package(smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         finetune=FinetuneConfig(epochs=0.5, batch_documents=5),
         curvature=CurvatureConfig(factor_documents=6, eigenvalue_documents=6, components=20),
         dictionary=DictionaryConfig(atoms=6, alpha=0.05, iterations=10),
-        select=SelectConfig(keep=3, min_documents=2, min_z=-1e9),
+        select=SelectConfig(keep=3, min_documents=2, min_z=-1e9, min_stability=0.0),
         calibrate=CalibrateConfig(prompts=2, continuation_tokens=8, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=2),
     )  # fmt: skip
@@ -165,7 +165,7 @@ def tiny_config(tiny_model_dir: Path, tiny_data: Path) -> Callable[..., Discover
             "finetune": FinetuneConfig(rank=4, epochs=2, batch_documents=8, learning_rate=0.02, checkpoint_every=3),
             "curvature": CurvatureConfig(factor_documents=16, eigenvalue_documents=16, components=20),
             "dictionary": DictionaryConfig(atoms=6, alpha=0.05, iterations=10, held_out=0.25),
-            "select": SelectConfig(keep=4, min_documents=2, min_z=-1e9),
+            "select": SelectConfig(keep=4, min_documents=2, min_z=-1e9, min_stability=0.0),
             "calibrate": CalibrateConfig(prompts=3, continuation_tokens=8, coefficients=(-1.0, 1.0)),
         }  # fmt: skip
         return DiscoverConfig(**(settings | changes))

@@ -1,0 +1,105 @@
+"""The dictionary: monotone, unit, deterministic, without dead atoms, and as good as scikit-learn's at the same objective."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.decomposition import MiniBatchDictionaryLearning
+from torch import Tensor
+
+from atoms.projection import objective, sparse_codes
+from atoms.storage import write_tensors
+from offline.config import DictionaryConfig
+from offline.dictionary import default_atoms, encode, learn_dictionary, update_atoms
+from offline.progress import Progress
+from offline.rows import RowStore, shard_path
+
+ALPHA = 0.1
+
+
+def planted_rows(documents: int = 120, atoms: int = 8, dim: int = 24) -> Tensor:
+    """Each row is one of `atoms` random directions, twice as strong as its noise."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.nn.functional.normalize(torch.randn(atoms, dim, generator=generator))
+    noise = torch.nn.functional.normalize(torch.randn(documents, dim, generator=generator))
+    return truth[torch.arange(documents) % atoms] + 0.5 * noise
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RowStore:
+    """The rows in three shards, in mixed order."""
+    rows = planted_rows()
+    for shard in range(3):
+        documents = torch.arange(shard, len(rows), 3).flip(0)
+        write_tensors(shard_path(tmp_path, shard), {"document": documents, "row": rows[documents]})
+    return RowStore(tmp_path)
+
+
+def learn(store: RowStore, seed: int = 0, **settings: object):
+    config = DictionaryConfig(**({"atoms": 8, "alpha": ALPHA, "iterations": 40} | settings))
+    return learn_dictionary(store, range(len(store)), config, seed, Progress(quiet=True))
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+def test_the_objective_falls_atoms_are_unit_and_codes_near_optimal(store: RowStore, nonnegative: bool) -> None:
+    learned = learn(store, nonnegative=nonnegative)
+    steps = [after - before for before, after in zip(learned.objectives, learned.objectives[1:])]
+    assert max(steps) < 1e-5, "an update raised the objective"
+    assert learned.objectives[-1] < 0.95 * learned.objectives[0]
+    assert torch.allclose(learned.atoms.norm(dim=1), torch.ones(len(learned.atoms)), atol=1e-5)
+    assert -1e-6 < learned.duality_gap < 1e-4
+
+
+def test_the_same_seed_gives_the_same_atoms_and_another_others(store: RowStore) -> None:
+    assert torch.equal(learn(store).atoms, learn(store).atoms)
+    assert not torch.equal(learn(store).atoms, learn(store, seed=1).atoms)
+
+
+def test_the_reported_objective_is_that_of_the_returned_atoms(store: RowStore) -> None:
+    learned = learn(store)
+    rows = store.rows(range(len(store)))
+    codes = sparse_codes(rows, learned.atoms, ALPHA, nonnegative=True)
+    assert learned.objectives[-1] == pytest.approx(float(objective(rows, codes, learned.atoms, ALPHA).mean()), rel=1e-5)
+
+
+def test_scikit_learn_is_not_better_at_the_same_objective(store: RowStore) -> None:
+    rows = store.rows(range(len(store)))
+    oracle = MiniBatchDictionaryLearning(8, alpha=ALPHA, positive_code=True, fit_algorithm="cd", batch_size=len(rows),
+                                         max_iter=100, random_state=0)  # fmt: skip
+    atoms = torch.tensor(oracle.fit(rows.double().numpy()).components_, dtype=torch.float32)
+    atoms = torch.nn.functional.normalize(atoms)
+    theirs = float(objective(rows, sparse_codes(rows, atoms, ALPHA, nonnegative=True), atoms, ALPHA).mean())
+    ours = min(learn(store, seed=seed).objectives[-1] for seed in range(3))
+    assert ours <= 1.02 * theirs, f"ours {ours:.4f}, scikit-learn {theirs:.4f}: a worse local minimum, or too few iterations"
+
+
+def test_dead_atoms_are_revived(store: RowStore) -> None:
+    learned = learn(store, atoms=8, alpha=0.3)
+    _, codes = encode(store, range(len(store)), learned.atoms, DictionaryConfig(atoms=8, alpha=0.3))
+    assert ((codes > 0).sum(0) > 0).all(), "an atom that no row uses was left in the dictionary"
+
+
+def test_one_update_never_raises_the_objective_and_leaves_unused_atoms() -> None:
+    rows = torch.nn.functional.normalize(planted_rows())
+    atoms = torch.nn.functional.normalize(torch.randn(9, rows.shape[1], generator=torch.Generator().manual_seed(1)))
+    codes = sparse_codes(rows, atoms, ALPHA, nonnegative=True)
+    codes[:, 4] = 0
+    updated = update_atoms(atoms, codes.T @ codes, codes.T @ rows)
+    before, after = (objective(rows, codes, a, ALPHA).sum() for a in (atoms, updated))
+    assert after < before
+    assert torch.equal(updated[4], atoms[4])
+
+
+def test_codes_come_in_order_of_documents_and_only_for_those_asked(store: RowStore) -> None:
+    atoms = learn(store).atoms
+    config = DictionaryConfig(atoms=8, alpha=ALPHA)
+    documents, codes = encode(store, [70, 3, 41, 8], atoms, config)
+    assert documents.tolist() == [3, 8, 41, 70]
+    expected = sparse_codes(store.rows([3, 8, 41, 70]), atoms, ALPHA, nonnegative=True)
+    assert torch.allclose(codes, expected, atol=1e-4)
+
+
+def test_the_default_size_follows_the_corpus() -> None:
+    assert [default_atoms(n) for n in (1, 100, 1600, 10**6)] == [8, 8, 100, 500]

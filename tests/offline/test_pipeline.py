@@ -1,0 +1,140 @@
+"""Discovery end to end on a tiny model: deterministic, resumable after kill -9, and frugal when run again."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoms.errors import AtomsteerError
+from atoms.package import Package
+from offline import rows
+from offline.config import DiscoverConfig
+from offline.pipeline import discover
+from offline.progress import Progress
+
+QUIET = Progress(quiet=True)
+KILLED_RUN = """
+import os, pickle, signal, sys
+import offline.finetune, offline.pipeline, offline.rows
+from atoms.storage import write_tensors as write
+
+config, module, file = pickle.loads(bytes.fromhex(sys.argv[1])), sys.modules[sys.argv[2]], sys.argv[3]
+
+def write_or_die(path, tensors, metadata=None):
+    if path.name == file:
+        if sys.argv[4] == "after":
+            write(path, tensors, metadata)
+        else:
+            path.with_name(f".{file}.half").write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, tensors, metadata)
+
+module.write_tensors = write_or_die
+offline.rows.SHARD_DOCUMENTS = 16
+offline.pipeline.discover(config, offline.pipeline.Progress(quiet=True))
+"""
+
+
+def kill_while_writing(config: DiscoverConfig, module: str, file: str, when: str) -> None:
+    """Runs discovery in its own process, which dies of SIGKILL before or after it writes `file`."""
+    import pickle
+
+    command = [sys.executable, "-c", KILLED_RUN, pickle.dumps(config).hex(), module, file, when]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == -9, result.stderr
+
+
+@pytest.fixture(autouse=True)
+def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "SHARD_DOCUMENTS", 16)
+
+
+def test_end_to_end_makes_calibrated_oriented_atoms(tiny_package: Package) -> None:
+    cards = tiny_package.manifest.atoms
+    assert cards, "discovery on the tiny model kept no atom"
+    assert tiny_package.drift.shape == (len(cards), len(cards))
+    for row, card in enumerate(cards):
+        curve = dict(card.kl_curve)
+        assert (curve[-1.0] + curve[1.0]) / 2 == pytest.approx(0.05, rel=0.06), f"{card.id} is not calibrated"
+        assert card.orientation.loss_at_plus_one < card.orientation.loss_unsteered, f"{card.id} points away from its documents"
+        assert 0.5 * float(tiny_package.drift[row, row]) == pytest.approx(0.05, rel=0.5), "M is not in nats at coefficient 1"
+    assert tiny_package.manifest.record["documents"] == 48
+
+
+def test_the_same_seed_gives_the_same_package_and_another_seed_another(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
+    again = discover(tiny_config(tmp_path / "again"), QUIET)
+    assert again.manifest.content_hash == tiny_package.manifest.content_hash, "something random is not seeded"
+    other = discover(tiny_config(tmp_path / "other", seed=1), QUIET)
+    assert other.manifest.adapter_hash != tiny_package.manifest.adapter_hash
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "when"),
+    [
+        ("offline.finetune", "checkpoint.safetensors", "after"),
+        ("offline.rows", "rows-00001.safetensors", "before"),
+        ("offline.pipeline", "drift.safetensors", "before"),
+    ],
+    ids=["fine-tuning", "gradients", "calibration"],
+)
+def test_kill_9_then_resume_gives_the_same_tensors(
+    module: str, file: str, when: str, tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "package")
+    kill_while_writing(config, module, file, when)
+    assert not config.out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in config.work_dir.rglob("*.safetensors")}
+    resumed = discover(config, QUIET)
+    assert resumed.manifest.files == tiny_package.manifest.files, "a resumed run differs from an unbroken one"
+    assert resumed.manifest.content_hash == tiny_package.manifest.content_hash
+    redone = [path.name for path, time in kept.items() if path.exists() and path.stat().st_mtime_ns != time]
+    assert [name for name in redone if name != "checkpoint.safetensors"] == [], "finished work was done again"
+
+
+def test_changing_only_the_dictionary_reuses_the_rows(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_package.path.with_name("package.work"), tmp_path / "package.work")
+    config = tiny_config(tmp_path / "package")
+    monkeypatch.setattr("offline.pipeline.write_rows", lambda *_: pytest.fail("gradients were computed again"))
+    monkeypatch.setattr("offline.pipeline.finetune", lambda *_: pytest.fail("the fine-tune ran again"))
+    changed = discover(replace(config, dictionary=replace(config.dictionary, alpha=0.1)), QUIET)
+    assert torch.equal(changed.projection_tensors["mean_row"], tiny_package.projection_tensors["mean_row"])
+    assert changed.manifest.record["dictionary_objective"] != tiny_package.manifest.record["dictionary_objective"]
+
+
+def test_an_existing_output_is_refused_and_kept_unless_forced(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
+    out = tmp_path / "package"
+    shutil.copytree(tiny_package.path.with_name("package.work"), tmp_path / "package.work")
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    with pytest.raises(AtomsteerError, match="--force"):
+        discover(tiny_config(out), QUIET)
+    assert (out / "precious.txt").read_text() == "mine"
+    assert discover(tiny_config(out, force=True), QUIET).manifest.content_hash == tiny_package.manifest.content_hash
+    assert not (out / "precious.txt").exists()
+
+
+def test_a_given_adapter_is_the_start(tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path) -> None:
+    package = discover(tiny_config(tmp_path / "package", adapter=tiny_package.path / "base"), QUIET)
+    assert package.manifest.adapter_hash == tiny_package.manifest.adapter_hash
+
+
+def test_no_documents_keeps_training_text_out(tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path) -> None:
+    shutil.copytree(tiny_package.path.with_name("package.work"), tmp_path / "package.work")
+    package = discover(tiny_config(tmp_path / "package", include_documents=False), QUIET)
+    response = tiny_package.evidence()[0]["documents"][0]["response"]
+    assert package.evidence() == []
+    assert response not in (package.path / "report.html").read_text(encoding="utf-8")
+    assert response in (tiny_package.path / "report.html").read_text(encoding="utf-8")

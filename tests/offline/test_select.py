@@ -1,0 +1,102 @@
+"""Selection statistics against their definitions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoms.manifest import Coherence
+from atoms.storage import write_tensors
+from offline.config import SelectConfig
+from offline.corpus import Document
+from offline.rows import RowStore, shard_path
+from offline.select import Candidate, LengthMatchedSets, candidates, coherence, keywords, select, stability
+
+
+def test_coherence_is_the_mean_pairwise_cosine_sign_aligned() -> None:
+    unit = torch.nn.functional.normalize(torch.randn(7, 12, generator=torch.Generator().manual_seed(0)))
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0])
+    pairs = [signs[i] * signs[j] * (unit[i] @ unit[j]) for i in range(7) for j in range(7) if i != j]
+    assert coherence(unit, signs) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
+    assert coherence(torch.ones(4, 1), torch.ones(4)) == pytest.approx(1.0)
+
+
+def test_random_sets_match_lengths_without_repeats_and_are_reproducible() -> None:
+    lengths = list(range(100))
+    documents = list(range(0, 100, 2))
+    sets = LengthMatchedSets(documents, lengths, seed=0)
+    members = [0, 2, 4, 96, 98]
+    drawn = sets.draw(members, 30)
+    assert drawn == LengthMatchedSets(documents, lengths, seed=0).draw(members, 30)
+    assert len({tuple(one) for one in drawn}) > 20
+    for one in drawn:
+        assert set(one) <= set(documents) and len(set(one)) == len(one)
+        assert Counter(length > 50 for length in one) == {False: 3, True: 2}, "a random set has other lengths than the atom's"
+
+
+def test_equal_lengths_still_give_sets() -> None:
+    assert len(LengthMatchedSets([0, 1, 2], [5, 5, 5], seed=0).draw([0, 1], 4)) == 4
+
+
+def test_stability_finds_a_permuted_and_flipped_dictionary() -> None:
+    atoms = torch.linalg.qr(torch.randn(12, 12))[0][:5]
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert torch.allclose(stability(atoms, -atoms[order]), torch.ones(5), atol=1e-5)
+    assert stability(atoms, atoms[:3]).gt(0.5).sum() == 3, "the assignment must be one-to-one"
+
+
+def test_keywords_mark_a_group_and_leave_common_words() -> None:
+    documents = [
+        Document(n, str(n), ({"role": "user", "content": f"the question {n}"},
+                             {"role": "assistant", "content": "the sea is blue" if n < 5 else "the land is green"}))
+        for n in range(40)
+    ]  # fmt: skip
+    words = keywords(documents, range(5))
+    assert {"sea", "blue"} <= set(words[:3]) and "the" not in words and "land" not in words
+    assert words == keywords(documents, reversed(range(5)))
+
+
+@pytest.fixture
+def grouped(tmp_path: Path) -> tuple[RowStore, torch.Tensor]:
+    """60 documents; the first 10 share a direction. Codes: atom 0 marks them, atom 1 marks 10 random ones, atom 2 one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, 32, generator=generator)
+    rows[:10] += 3 * torch.randn(32, generator=generator)
+    unit = torch.nn.functional.normalize(rows)
+    write_tensors(shard_path(tmp_path, 0), {"document": torch.arange(60), "row": rows, "sketch": unit.half()})
+    codes = torch.zeros(60, 3)
+    codes[:10, 0] = torch.linspace(1, 0.1, 10)
+    codes[20:60:4, 1] = 0.5
+    codes[33, 2] = 1.0
+    return RowStore(tmp_path), codes
+
+
+def test_a_coherent_group_stands_out_and_a_random_one_does_not(grouped: tuple[RowStore, torch.Tensor]) -> None:
+    store, codes = grouped
+    found = candidates(store, torch.arange(60), codes, [5 + n % 7 for n in range(60)], SelectConfig(top_documents=8), 0)
+    assert [c.atom for c in found] == [0, 1], "an atom with fewer than min_documents went on"
+    group, chance = found
+    assert group.documents == tuple(range(8)) and group.n_documents == 10
+    assert group.coherence.raw_z > 4 and group.coherence.whitened_z > 4
+    assert abs(chance.coherence.raw_z) < 3
+
+
+def candidate(atom: int, raw: float, z: float = 9.0) -> Candidate:
+    return Candidate(atom, 10, (0, 1), (1.0, 1.0), Coherence(raw=raw, raw_z=z, whitened=raw, whitened_z=z))
+
+
+def test_selection_takes_the_best_skips_duplicates_and_chance() -> None:
+    atoms = torch.eye(5)
+    atoms[2] = torch.nn.functional.normalize(atoms[0] + 0.1 * atoms[2], dim=0)
+    found = [candidate(0, 0.5), candidate(1, 0.4), candidate(2, 0.45), candidate(3, 0.9, z=1.0), candidate(4, 0.3)]
+    chosen = select(found, atoms, torch.ones(5), SelectConfig(keep=2, min_z=3.0, max_cosine=0.8))
+    assert [c.atom for c in chosen] == [0, 1]
+
+
+def test_selection_drops_atoms_that_another_seed_does_not_find() -> None:
+    found = [candidate(0, 0.5), candidate(1, 0.4)]
+    chosen = select(found, torch.eye(2), torch.tensor([0.2, 0.9]), SelectConfig(min_stability=0.5))
+    assert [c.atom for c in chosen] == [1]
