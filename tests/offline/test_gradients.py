@@ -30,30 +30,30 @@ DOCUMENTS = [
 ]
 
 
-def with_lora(model: PreTrainedModel, targets: Sequence[str], rank: int = 4):
-    """The model with a LoRA whose B is not zero, so that every gradient is there."""
+def with_lora(model: PreTrainedModel, targets: Sequence[str], scale: float, rank: int = 4):
+    """The model with a LoRA whose B is not zero, so that every gradient is there. A large B makes fp32 itself inexact."""
     peft_model, space = new_lora(model, FinetuneConfig(rank=rank, target_modules=tuple(targets)), seed=0)
     generator = torch.Generator().manual_seed(1)
     for tensor in space.tensors:
         if tensor.key.endswith("lora_B"):
             weight = lora_linear(peft_model, tensor.key).weight
-            weight.data = torch.randn(weight.shape, generator=generator) * 0.05
+            weight.data = torch.randn(weight.shape, generator=generator) * scale
     return peft_model.eval(), space
 
 
 @pytest.fixture
 def tiny_lora(tiny_model: PreTrainedModel):
-    return with_lora(tiny_model, SEVEN)
+    return with_lora(tiny_model, SEVEN, 0.05)
 
 
 @pytest.fixture(scope="module")
 def real_lora(load_smol: Callable[[], PreTrainedModel]):
-    return with_lora(load_smol(), ("q_proj", "v_proj"))
+    return with_lora(load_smol(), ("q_proj", "v_proj"), 0.005)
 
 
 @pytest.fixture
 def real_documents(smol_tokenizer: PreTrainedTokenizerBase) -> list[EncodedDocument]:
-    texts = [("Is ice cold?", " Yes, it is."), ("Name a colour of the sky.", " Blue"), ("2+2?", " 4")]
+    texts = [("Is ice cold?", " Yes, it is."), ("Name a colour of the sky.", " Blue"), ("Is two more than one?", " Yes")]
     return [EncodedDocument(n, *(tuple(smol_tokenizer(t)["input_ids"]) for t in pair)) for n, pair in enumerate(texts)]
 
 
