@@ -61,7 +61,7 @@ class Mix:
         return dict(self)
 
     def scaled(self, factor: float) -> Mix:
-        """All coefficients multiplied by `factor`, rounded towards zero so that a drift budget is never exceeded."""
+        """All coefficients multiplied by `factor`, each rounded towards zero."""
         scaled = ((atom, math.trunc(steps * factor)) for atom, steps in self.steps)
         return Mix(tuple((atom, steps) for atom, steps in scaled if steps))
 

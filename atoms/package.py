@@ -150,12 +150,13 @@ class Package:
     def check_range(self, mix: Mix) -> None:
         """Raises CoefficientError for a coefficient outside its atom's tested range."""
         for atom, value in mix:
-            low, high = self.card(atom).tested_range
+            card = self.card(atom)
+            low, high = card.tested_range
             if not low <= value <= high:
                 raise CoefficientError(
-                    f"coefficient {value:g} of atom {self.card(atom).name!r} is outside its tested range {low:g} … {high:g}; "
-                    "choose one within it",
-                    param=f"steering.atoms.{atom}",
+                    f"coefficient {value:g} of atom {card.name!r} lies outside its tested range {low:g} to {high:g}; "
+                    "choose one within it, or allow out-of-range coefficients (on a server that takes an admin key)",
+                    param=f"steering.atoms.{card.name}",
                 )
 
     def check_base(self, model: PreTrainedModel) -> None:

@@ -96,7 +96,7 @@ def discover(
     components: Annotated[int, typer.Option(help="Eigencomponents kept a LoRA matrix.")] = 50,
     damping: Annotated[float, typer.Option(help="Added to eigenvalues, relative to their mean in the matrix.")] = 0.1,
     atoms: Annotated[
-        int | None, typer.Option(help="Size of the dictionary; default: one atom per 12 documents.")
+        int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 documents.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
     signed_codes: Annotated[bool, typer.Option("--signed-codes", help="Let codes be negative.")] = False,
@@ -248,6 +248,18 @@ def serve(
     prefill_tokens_per_step: Annotated[
         int, typer.Option(help="Prompt tokens computed between two decode steps.")
     ] = 512,
+    max_atoms_per_mix: Annotated[int, typer.Option(help="Most atoms in one mix.")] = 32,
+    max_n: Annotated[int, typer.Option(help="Largest n of a request.")] = 16,
+    max_sequences: Annotated[int, typer.Option(help="Most sequences of a request: prompts times n.")] = 64,
+    max_messages: Annotated[int, typer.Option(help="Most messages in one chat.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request body in bytes.")] = 1 << 20,
+    max_stop: Annotated[int, typer.Option(help="Most stop strings of a request.")] = 16,
+    max_stop_bytes: Annotated[int, typer.Option(help="Longest stop string in bytes.")] = 1024,
+    max_logprobs: Annotated[int, typer.Option(help="Most log-probabilities a token.")] = 20,
+    max_logit_bias: Annotated[int, typer.Option(help="Most entries of logit_bias.")] = 1024,
+    no_training_text: Annotated[
+        bool, typer.Option("--no-training-text", help="Hide training documents from admin keys too.")
+    ] = False,
     cors_origin: Annotated[
         list[str] | None, typer.Option("--cors-origin", help="Web origin that browsers may call from.")
     ] = None,
@@ -262,13 +274,17 @@ def serve(
     import os
 
     from server.config import ServeConfig
+    from server.limits import Limits
 
     config = ServeConfig(
         package=package, model=model, host=host, port=port, api_keys=tuple(api_key or ()), admin_keys=tuple(admin_key or ()),
         served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix, slots=max_num_seqs,
         max_model_len=max_model_len, max_waiting=max_waiting, prefill_tokens_per_step=prefill_tokens_per_step,
         cors_origins=tuple(cors_origin or ()), shutdown_timeout=shutdown_timeout, access_log=access_log, device=device,
-        dtype=dtype,
+        dtype=dtype, allow_training_text=not no_training_text,
+        limits=Limits(max_atoms_per_mix=max_atoms_per_mix, max_n=max_n, max_sequences=max_sequences,
+                      max_messages=max_messages, max_body_bytes=max_body_bytes, max_stop=max_stop,
+                      max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias),
     ).with_environment(os.environ)  # fmt: skip
     _quiet_libraries()
     from server.embedded.serve import serve as run
@@ -286,6 +302,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    allow_out_of_range: Annotated[
+        bool, typer.Option("--allow-out-of-range", help="Allow coefficients beyond an atom's tested range.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
@@ -294,7 +313,7 @@ def generate(
 
     _quiet_libraries()
     stream_answer(package, mix or [], prompt, system=system, model=model, max_tokens=max_tokens, temperature=temperature,
-                  seed=seed, device=device, dtype=dtype)  # fmt: skip
+                  seed=seed, allow_out_of_range=allow_out_of_range, device=device, dtype=dtype)  # fmt: skip
 
 
 @app.command()

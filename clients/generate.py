@@ -23,6 +23,7 @@ def stream_answer(
     max_tokens: int,
     temperature: float,
     seed: int | None,
+    allow_out_of_range: bool,
     device: str,
     dtype: str,
 ) -> None:
@@ -32,7 +33,8 @@ def stream_answer(
     """
     package = Package.read(path)
     mix = package.mix(parse_mix(list(mix_texts)))
-    package.check_range(mix)
+    if not allow_out_of_range:
+        package.check_range(mix)
     described = ", ".join(f"{package.card(atom).name}={value:g}" for atom, value in mix) or "unsteered"
     print(f"[{described}; predicted KL {package.predicted_kl(mix):.3f} nats a token]", file=sys.stderr)
     messages: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []

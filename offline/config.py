@@ -23,7 +23,7 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     warmup: float = 0.1
     batch_documents: int = 16
-    checkpoint_every: int = 10
+    checkpoint_every: int = 4
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
@@ -51,7 +51,7 @@ class CurvatureConfig:
 
 @dataclass(frozen=True, slots=True)
 class DictionaryConfig:
-    """Sparse dictionary learning. `atoms` None chooses one atom per 12 documents, within 8 … 500."""
+    """Sparse dictionary learning. `atoms` None chooses one atom per 16 documents, within 8 … 500."""
 
     atoms: int | None = None
     alpha: float = 0.1
@@ -68,12 +68,16 @@ class DictionaryConfig:
 
 @dataclass(frozen=True, slots=True)
 class SelectConfig:
-    """Which dictionary atoms go on to calibration: supported, coherent against chance, not near-duplicates; best first."""
+    """Which dictionary atoms go on to calibration: supported, coherent against chance, stable across seeds, distinct.
+
+    Best raw coherence first.
+    """
 
     keep: int = 24
     min_documents: int = 6
     min_z: float = 3.0
     max_cosine: float = 0.8
+    min_stability: float = 0.5
     top_documents: int = 20
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ class _Statistics:
 
 
 def default_atoms(documents: int) -> int:
-    """One atom per 12 documents, within 8 … 500: far more than there are behaviours splinters them."""
-    return max(8, min(500, documents // 12))
+    """One atom per 16 documents, within 8 … 500: far more than there are behaviours splinters them."""
+    return max(8, min(500, documents // 16))
 
 
 def learn_dictionary(

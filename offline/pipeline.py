@@ -69,11 +69,10 @@ def discover(config: DiscoverConfig, progress: Progress) -> Package:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen candidates, and the codes (n, K) of the training documents (n,) that they rest on."""
+    """The chosen candidates, and every dictionary atom's stability across seeds, (K,)."""
 
     chosen: list[Candidate]
     stabilities: Tensor
-    found: int
 
 
 class Run:
@@ -187,7 +186,8 @@ class Run:
         documents, codes = encode(store, self.training, dictionary.atoms, config.dictionary)
         lengths = [len(document.response_ids) for document in self.encoded.documents]
         found = candidates(store, documents, codes, lengths, config.select, config.seed)
-        chosen = select(found, dictionary.atoms, config.select)
+        stabilities = stability(dictionary.atoms, second)
+        chosen = select(found, dictionary.atoms, stabilities, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least {config.select.min_documents} documents, "
             f"{len(chosen)} kept (z ≥ {config.select.min_z:g}, |cos| ≤ {config.select.max_cosine:g}, "
@@ -198,7 +198,7 @@ class Run:
                 f"no atom of {len(dictionary.atoms)} passed the selection; give more documents (there are "
                 f"{len(self.corpus.documents)}), or lower --min-documents or --alpha"
             )
-        return Selection(chosen, stability(dictionary.atoms, second), len(found))
+        return Selection(chosen, stabilities)
 
     def calibrate(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],

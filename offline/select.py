@@ -59,13 +59,14 @@ def candidates(
     return found
 
 
-def select(found: Sequence[Candidate], atoms: Tensor, config: SelectConfig) -> list[Candidate]:
-    """The best `keep` candidates above `min_z`, by raw coherence, skipping near-duplicates of better ones."""
+def select(found: Sequence[Candidate], atoms: Tensor, stabilities: Tensor, config: SelectConfig) -> list[Candidate]:
+    """The best `keep` candidates by raw coherence that are beyond chance (`min_z`), found again with another seed
+    (`min_stability`) and no near-duplicates of better ones. atoms (K, D), stabilities (K,)."""
     chosen: list[Candidate] = []
     for candidate in sorted(found, key=lambda c: -c.coherence.raw):
         if len(chosen) == config.keep:
             break
-        if candidate.coherence.raw_z < config.min_z:
+        if candidate.coherence.raw_z < config.min_z or stabilities[candidate.atom] < config.min_stability:
             continue
         if chosen and float((atoms[[c.atom for c in chosen]] @ atoms[candidate.atom]).abs().max()) > config.max_cosine:
             continue

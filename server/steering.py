@@ -158,7 +158,7 @@ class Steering:
         preset = request.preset if request.preset is not None else model_preset
         mix = self._mix(request, preset)
         if not request.allow_out_of_range:
-            check_ranges(self.package, mix)
+            self.package.check_range(mix)
         bounded, scaled_by = self._bound(mix, request)
         return ResolvedSteering(bounded, self.package.digest(bounded), self._kl(bounded), scaled_by, preset)
 
@@ -200,19 +200,6 @@ class Steering:
         return round(self.package.predicted_kl(mix), _KL_DIGITS)
 
 
-def check_ranges(package: Package, mix: Mix) -> None:
-    """Raises CoefficientError if a coefficient lies outside its atom's tested range."""
-    for atom, value in mix:
-        card = package.card(atom)
-        low, high = card.tested_range
-        if not low <= value <= high:
-            raise CoefficientError(
-                f"coefficient {value:g} of atom {card.name!r} lies outside its tested range {low:g} to {high:g}; "
-                'choose one within it (an admin key may set "allow_out_of_range": true)',
-                param=f"steering.atoms.{card.name}",
-            )
-
-
 def _named(package: Package, atoms: Mapping[str, float]) -> dict[str, float]:
     """`atoms` by id, zeros kept: over a preset they remove. Raises UnknownAtomError, and MixError for a doublet."""
     named: dict[str, float] = {}
@@ -232,7 +219,7 @@ def _configured(package: Package, text: str, what: str, most: int) -> Mix:
     try:
         mix = package.mix(parse_mix(text))
         _check_count(len(mix), most)
-        check_ranges(package, mix)
+        package.check_range(mix)
     except MixError as error:
         raise ConfigError(f"{what} cannot be used: {error}") from error
     return mix
