@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atoms.adapter import Adapter
-from atoms.space import LoRASpace
 from atoms.storage import write_tensors
 from offline.config import FinetuneConfig
-from offline.corpus import EncodedDocument, collate
+from offline.corpus import EncodedDocument, collate, plan_batches
 from offline.gradients import label_logits, lora_linear, mean_losses
 from offline.models import adapter_of, new_lora
 from offline.progress import Progress
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -33,6 +33,7 @@ def finetune(
     model: PreTrainedModel,
     documents: Sequence[EncodedDocument],
     config: FinetuneConfig,
+    batch_tokens: int,
     seed: int,
     checkpoint: Path,
     progress: Progress,
@@ -50,12 +51,12 @@ def finetune(
         for step in range(len(losses), len(batches)):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(step, len(batches), config.warmup)
-            losses.append(_train_step(peft_model, batches[step], optimizer, device))
+            losses.append(_train_step(peft_model, batches[step], optimizer, batch_tokens, device))
             task.advance(len(batches[step]), f"loss {losses[-1]:.3f}")
             if (step + 1) % config.checkpoint_every == 0:
                 _save(checkpoint, parameters, optimizer, losses)
     adapter = adapter_of(peft_model, space, config)
-    _detach(peft_model, space)
+    peft_model.unload()  # takes the LoRA layers off again: the base model is as it was
     return adapter, losses
 
 
@@ -89,15 +90,23 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def _train_step(
-    model, documents: Sequence[EncodedDocument], optimizer: torch.optim.Optimizer, device: torch.device
+    model: PeftModel,
+    documents: Sequence[EncodedDocument],
+    optimizer: torch.optim.Optimizer,
+    batch_tokens: int,
+    device: torch.device,
 ) -> float:
-    batch = collate(documents).to(device)
-    loss = mean_losses(label_logits(model, batch), batch).mean()
+    """One update on the mean loss of `documents`, accumulated over batches that fit `batch_tokens`."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total = 0.0
+    for group in plan_batches(documents, batch_tokens):
+        batch = collate(group).to(device)
+        loss = mean_losses(label_logits(model, batch), batch).sum() / len(documents)
+        loss.backward()
+        total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
-    return float(loss.detach())
+    return total
 
 
 def _save(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
@@ -127,8 +136,3 @@ def _restore(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.O
             "exp_avg_sq": tensors[f"{key}.exp_avg_sq"].to(parameter.device),
         }
     return losses
-
-
-def _detach(model, space: LoRASpace) -> None:
-    """Takes the LoRA layers off again, so that the base model is as it was."""
-    model.unload()

@@ -116,8 +116,8 @@ class Run:
         base = self.base_ref  # of the untouched model
         inputs = dataclasses.asdict(config.finetune) if given is None else read_adapter(given).content_hash()
         folder = self.workspace.open(
-            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash, max_length=config.max_length,
-            dtype=str(self.dtype), device=self.device.type, seed=config.seed, adapter=inputs,
+            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash,
+            max_length=config.max_length, batch_tokens=config.batch_tokens, dtype=str(self.dtype), device=self.device.type, seed=config.seed, adapter=inputs,
         )  # fmt: skip
         self.adapter_dir = folder / "theta0"
         if not self.adapter_dir.exists():
@@ -271,7 +271,8 @@ class Run:
         }
 
     def _finetune(self, folder: Path) -> Adapter:
-        adapter, losses = finetune(self.model, self.encoded.documents, self.config.finetune, self.config.seed,
+        config = self.config
+        adapter, losses = finetune(self.model, self.encoded.documents, config.finetune, config.batch_tokens, config.seed,
                                    folder / "checkpoint.safetensors", self.progress)  # fmt: skip
         write_json(folder / "losses.json", losses)
         return adapter
