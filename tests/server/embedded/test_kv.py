@@ -61,17 +61,20 @@ def test_random_joins_and_leaves_equal_a_list_of_tensors(seed: int) -> None:
     assert cache.capacity[1] <= 300 + 75
 
 
-def test_what_a_former_row_left_is_never_in_the_window() -> None:
+@pytest.mark.parametrize("lengths", [(20, 5), (5, 20), (5, 5, 20)], ids=["as padding", "widened", "widened twice"])
+def test_what_a_former_row_left_is_never_in_the_window(lengths: tuple[int, ...]) -> None:
     """0 · NaN is NaN: a masked column must hold zeros, not the NaN of a row that overflowed."""
-    cache = ColumnCache(slots=3, max_length=100)
-    cache.append(_prefilled(torch.full((1, HEADS, 30, SIZE), torch.nan)), 0, 30)
-    cache.append(_prefilled(torch.ones(1, HEADS, 5, SIZE)), 0, 5)
-    cache.remove(0)
-    rows = [torch.ones(HEADS, 5, SIZE)]
-    _step(cache, rows)
-    states = torch.ones(1, HEADS, 20, SIZE)
-    cache.append(_prefilled(states), 0, 20)
-    _step(cache, [*rows, states[0]])
+    cache = ColumnCache(slots=4, max_length=100)
+    rows = [torch.ones(HEADS, lengths[0], SIZE)]
+    cache.append(_prefilled(rows[0][None]), 0, lengths[0])
+    for _ in range(2):
+        cache.append(_prefilled(torch.full((1, HEADS, 30, SIZE), torch.nan)), 0, 30)
+    for index in (2, 1):
+        cache.remove(index)
+    for length in lengths[1:]:
+        rows.append(torch.ones(HEADS, length, SIZE))
+        cache.append(_prefilled(rows[-1][None]), 0, length)
+        _step(cache, rows)
 
 
 def test_memory_grows_with_use() -> None:
