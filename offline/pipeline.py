@@ -116,8 +116,9 @@ class Run:
         base = self.base_ref  # of the untouched model
         inputs = dataclasses.asdict(config.finetune) if given is None else read_adapter(given).content_hash()
         folder = self.workspace.open(
-            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash,
-            max_length=config.max_length, batch_tokens=config.batch_tokens, dtype=str(self.dtype), device=self.device.type, seed=config.seed, adapter=inputs,
+            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash, seed=config.seed,
+            max_length=config.max_length, batch_tokens=config.batch_tokens, dtype=str(self.dtype),
+            device=self.device.type, adapter=inputs,
         )  # fmt: skip
         self.adapter_dir = folder / "theta0"
         if not self.adapter_dir.exists():
