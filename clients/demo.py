@@ -61,10 +61,10 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
         model=str(model), data=demo_data("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
         work=directory / "work",
         finetune=FinetuneConfig(epochs=0.5),
-        curvature=CurvatureConfig(factor_documents=64, eigenvalue_documents=128),
+        curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=96),
         dictionary=DictionaryConfig(),
-        select=SelectConfig(keep=18),
-        calibrate=CalibrateConfig(prompts=6, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
+        select=SelectConfig(keep=16),
+        calibrate=CalibrateConfig(prompts=5, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=4),
     )  # fmt: skip
 
