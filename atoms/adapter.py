@@ -241,6 +241,8 @@ def _read_files(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
             raise AdapterError(f"{path} has no {name}; give the directory of a PEFT LoRA adapter in safetensors form")
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG_FILE} holds no JSON object")
         return config, load_file(path / WEIGHTS_FILE)
     except (ValueError, SafetensorError) as error:
         raise AdapterError(

@@ -280,9 +280,10 @@ def _read_manifest(path: Path) -> Manifest:
         raise PackageCorruptError(f"{file} cannot be read: {error}; restore the package from its source") from error
     if manifest.content_hash != manifest.compute_content_hash():
         raise PackageCorruptError(f"{file} was edited: its content hash does not match; restore it from its source")
-    aliases = [card.alias for card in manifest.atoms if card.alias]
-    if len(set(aliases)) != len(aliases):
-        raise PackageCorruptError(f"{file} gives one alias to two atoms; rename one with `atomsteer label`")
+    names = [name for card in manifest.atoms for name in {card.id, card.alias} if name]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PackageCorruptError(f"{file} names two atoms {twice!r}; give one of them another alias there")
     return manifest
 
 

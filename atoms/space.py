@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,13 +31,19 @@ Direction = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class LoRAModule:
-    """One adapted linear. `name` is its module path in the base model; `scaling` is α/r (rsLoRA: α/√r)."""
+    """One adapted linear. `name` is its module path in the base model; `scaling` is α/r (rsLoRA: α/√r).
+
+    The scaling is rounded to float32: files hold α = scaling · r, and only then does α/r give it back exactly.
+    """
 
     name: str
     d_in: int
     d_out: int
     rank: int
     scaling: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scaling", struct.unpack("f", struct.pack("f", self.scaling))[0])
 
     @property
     def key_a(self) -> str:

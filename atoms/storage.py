@@ -97,13 +97,18 @@ def canonical_hash(data: object) -> str:
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`; an old `path` is moved aside first and removed last."""
+    """Renames `temporary` to `path`; an old `path` is moved aside first, put back on failure, and removed last."""
     aside = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists():
         os.replace(path, aside)
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if aside.exists():
+            os.replace(aside, path)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
+    _sync_directory(path.parent)
 
 
 def _sync_tree(root: Path) -> None:

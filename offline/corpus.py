@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             yield from enumerate(file, 1)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; give UTF-8 JSONL, plain or gzipped") from error
 
 
@@ -239,7 +240,12 @@ def _document(row: Any, index: int, number: int) -> Document:
     if not isinstance(row, dict):
         raise DataError(f"a {type(row).__name__} where an object is needed")
     messages = _messages(row["messages"]) if row.get("messages") is not None else _pair(row)
-    return Document(index, str(row.get("id", f"line-{number}")), messages)
+    document = Document(index, str(row.get("id", f"line-{number}")), messages)
+    try:
+        "".join([document.id, *(message["content"] for message in messages)]).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"no valid text: {error}") from None
+    return document
 
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:

@@ -31,7 +31,11 @@ def test_coefficients_survive_as_they_are_written() -> None:
     assert Mix.of(Mix.of(values).as_dict()) == Mix.of(values)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, MAX_COEFFICIENT * 1.01, 10**400], ids=["nan", "inf", "-inf", "too large", "no float"])
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, math.inf, -math.inf, MAX_COEFFICIENT * 1.01, 10**400],
+    ids=["nan", "inf", "-inf", "too large", "no float"],
+)
 def test_coefficients_that_are_no_number_are_refused_with_atom_and_value(value: float) -> None:
     with pytest.raises(CoefficientError, match="a-1") as error:
         Mix.of({"a-2": 1.0, "a-1": value})

@@ -21,7 +21,9 @@ def random_projection(components: int, damping: float = 0.1, seed: int = 0) -> P
         o, i = tensor.shape
         q_out = torch.linalg.qr(torch.randn(o, o, generator=generator))[0]
         q_in = torch.linalg.qr(torch.randn(i, i, generator=generator))[0]
-        bases[tensor.key] = MatrixBasis.of(q_out, q_in, torch.rand(o, i, generator=generator).double(), components, damping)
+        bases[tensor.key] = MatrixBasis.of(
+            q_out, q_in, torch.rand(o, i, generator=generator).double(), components, damping
+        )
     return Projection(SPACE, bases)
 
 
@@ -49,7 +51,9 @@ def test_projection_is_the_scaled_rotation_of_its_definition() -> None:
 
 
 def test_negative_eigenvalues_are_clamped_before_the_mean_is_taken() -> None:
-    basis = MatrixBasis.of(torch.eye(2), torch.eye(2), torch.tensor([[-5.0, 1.0], [2.0, 1.0]], dtype=torch.float64), 4, 0.5)
+    basis = MatrixBasis.of(
+        torch.eye(2), torch.eye(2), torch.tensor([[-5.0, 1.0], [2.0, 1.0]], dtype=torch.float64), 4, 0.5
+    )
     assert basis.epsilon == pytest.approx(0.5), "ε must be relative to the mean of the clamped eigenvalues"
     assert basis.eigenvalues.tolist() == [2.0, 1.0, 1.0, 0.0]
 
@@ -59,7 +63,9 @@ def test_unprojection_at_plus_half_undoes_projection_at_full_rank() -> None:
     assert projection.dim == SPACE.dim
     back = projection.unproject(projection.project(gradient), 0.5)
     for key, value in gradient.items():
-        assert torch.allclose(back[key], -value, atol=1e-5), f"{key}: unproject(project(g)) is not −g; exponent or transpose"
+        assert torch.allclose(back[key], -value, atol=1e-5), (
+            f"{key}: unproject(project(g)) is not −g; exponent or transpose"
+        )
 
 
 @pytest.mark.parametrize("components", [5, 10**6])

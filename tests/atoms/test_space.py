@@ -18,13 +18,17 @@ SIZES = {
 
 def space(projections: tuple[str, ...], layers: int = 12, rank: int = 3) -> LoRASpace:
     modules = [
-        LoRAModule(f"model.layers.{layer}.{name}", *SIZES[name], rank, 2.0) for layer in range(layers) for name in projections
+        LoRAModule(f"model.layers.{layer}.{name}", *SIZES[name], rank, 2.0)
+        for layer in range(layers)
+        for name in projections
     ]
     random.Random(0).shuffle(modules)
     return LoRASpace.of(modules)
 
 
-@pytest.mark.parametrize("projections", [("self_attn.q_proj", "self_attn.v_proj"), tuple(SIZES)], ids=["q,v", "all seven"])
+@pytest.mark.parametrize(
+    "projections", [("self_attn.q_proj", "self_attn.v_proj"), tuple(SIZES)], ids=["q,v", "all seven"]
+)
 def test_coordinates_round_trip(projections: tuple[str, ...]) -> None:
     made = space(projections)
     vector = torch.arange(made.dim, dtype=torch.float32)

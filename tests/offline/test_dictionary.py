@@ -72,7 +72,9 @@ def test_scikit_learn_is_not_better_at_the_same_objective(store: RowStore) -> No
     atoms = torch.nn.functional.normalize(atoms)
     theirs = float(objective(rows, sparse_codes(rows, atoms, ALPHA, nonnegative=True), atoms, ALPHA).mean())
     ours = min(learn(store, seed=seed).objectives[-1] for seed in range(3))
-    assert ours <= 1.02 * theirs, f"ours {ours:.4f}, scikit-learn {theirs:.4f}: a worse local minimum, or too few iterations"
+    assert ours <= 1.02 * theirs, (
+        f"ours {ours:.4f}, scikit-learn {theirs:.4f}: a worse local minimum, or too few iterations"
+    )
 
 
 def test_dead_atoms_are_revived(store: RowStore) -> None:

@@ -53,7 +53,11 @@ def real_lora(load_smol: Callable[[], PreTrainedModel]):
 
 @pytest.fixture
 def real_documents(smol_tokenizer: PreTrainedTokenizerBase) -> list[EncodedDocument]:
-    texts = [("Is ice cold?", " Yes, it is."), ("Name a colour of the sky.", " Blue"), ("Is two more than one?", " Yes")]
+    texts = [
+        ("Is ice cold?", " Yes, it is."),
+        ("Name a colour of the sky.", " Blue"),
+        ("Is two more than one?", " Yes"),
+    ]
     return [EncodedDocument(n, *(tuple(smol_tokenizer(t)["input_ids"]) for t in pair)) for n, pair in enumerate(texts)]
 
 
@@ -106,7 +110,9 @@ def test_gradients_do_not_depend_on_the_rest_of_the_batch(tiny_lora) -> None:
     for order in ([2, 0, 1], [1], [0, 1]):
         for position, gradients in enumerate(hooked(model, space, [DOCUMENTS[i] for i in order])):
             for key, value in gradients.items():
-                assert relative(value, together[order[position]][key]) < 1e-4, f"{key} leaks between documents of a batch"
+                assert relative(value, together[order[position]][key]) < 1e-4, (
+                    f"{key} leaks between documents of a batch"
+                )
 
 
 def test_frozen_parameters_give_the_same_gradients_and_collect_none(tiny_lora) -> None:
@@ -145,7 +151,9 @@ def test_covariances_equal_a_loop_over_tokens(tiny_lora, labels_of: Callable[[En
     for tensor in (space.tensors[0], space.tensors[1], space.tensors[-1]):
         seen: list[tuple[Tensor, Tensor]] = []
         for document in DOCUMENTS:
-            with gradient_hooks(model, space, lambda key, x, d, k=tensor.key: seen.append((x[0], d[0])) if key == k else None):
+            with gradient_hooks(
+                model, space, lambda key, x, d, k=tensor.key: seen.append((x[0], d[0])) if key == k else None
+            ):
                 batch = collate([document])
                 sum_losses(label_logits(model, batch), batch, labels_of(document)).sum().backward()
         inputs = sum(torch.outer(x, x).double() for xs, _ in seen for x in xs)
@@ -154,7 +162,9 @@ def test_covariances_equal_a_loop_over_tokens(tiny_lora, labels_of: Callable[[En
         assert relative(sink.out[tensor.key], outputs) < 1e-4
 
 
-def test_eigenvalues_equal_a_loop_of_autograd_per_token(tiny_lora, labels_of: Callable[[EncodedDocument], Tensor]) -> None:
+def test_eigenvalues_equal_a_loop_of_autograd_per_token(
+    tiny_lora, labels_of: Callable[[EncodedDocument], Tensor]
+) -> None:
     model, space = tiny_lora
     factors = fit_factors(model, space, DOCUMENTS, 64, 5, QUIET)
     fitted = fit_eigenvalues(model, space, factors, DOCUMENTS, 64, 5, QUIET)
@@ -224,7 +234,9 @@ def test_a_sketch_is_unbiased_for_inner_products() -> None:
     one, other = torch.randn(1, 4, 64), torch.randn(1, 4, 64)
     for shape, flip in (((4, 64), False), ((64, 4), True)):
         pair = [g.transpose(1, 2) if flip else g for g in (one, other)]
-        estimates = torch.stack([(s(pair[0]) * s(pair[1])).sum() for s in (Sketcher(shape, str(k)) for k in range(400))])
+        estimates = torch.stack(
+            [(s(pair[0]) * s(pair[1])).sum() for s in (Sketcher(shape, str(k)) for k in range(400))]
+        )
         expected, error = float((one * other).sum()), float(estimates.std() / 400**0.5)
         assert abs(float(estimates.mean()) - expected) < 5 * error
     assert Sketcher((4, 64), "k").size == 4 * 8
@@ -243,4 +255,6 @@ def test_batches_hold_every_document_once_within_the_limit(tiny_tokenizer, tiny_
     batches = plan_batches(documents, 300)
     assert sorted(d.row for batch in batches for d in batch) == [d.row for d in documents]
     assert all(len(batch) == 1 or len(batch) * max(map(len, batch)) <= 300 for batch in batches)
-    assert len(batches[0][0]) == max(map(len, documents)), "the largest batch comes first, so that memory runs out at once"
+    assert len(batches[0][0]) == max(map(len, documents)), (
+        "the largest batch comes first, so that memory runs out at once"
+    )

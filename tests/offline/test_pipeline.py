@@ -63,8 +63,12 @@ def test_end_to_end_makes_calibrated_oriented_atoms(tiny_package: Package) -> No
     for row, card in enumerate(cards):
         curve = dict(card.kl_curve)
         assert (curve[-1.0] + curve[1.0]) / 2 == pytest.approx(0.05, rel=0.06), f"{card.id} is not calibrated"
-        assert card.orientation.loss_at_plus_one < card.orientation.loss_unsteered, f"{card.id} points away from its documents"
-        assert 0.5 * float(tiny_package.drift[row, row]) == pytest.approx(0.05, rel=0.5), "M is not in nats at coefficient 1"
+        assert card.orientation.loss_at_plus_one < card.orientation.loss_unsteered, (
+            f"{card.id} points away from its documents"
+        )
+        assert 0.5 * float(tiny_package.drift[row, row]) == pytest.approx(0.05, rel=0.5), (
+            "M is not in nats at coefficient 1"
+        )
     assert tiny_package.manifest.record["documents"] == 48
 
 
@@ -126,12 +130,16 @@ def test_an_existing_output_is_refused_and_kept_unless_forced(
     assert not (out / "precious.txt").exists()
 
 
-def test_a_given_adapter_is_the_start(tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path) -> None:
+def test_a_given_adapter_is_the_start(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
     package = discover(tiny_config(tmp_path / "package", adapter=tiny_package.path / "base"), QUIET)
     assert package.manifest.adapter_hash == tiny_package.manifest.adapter_hash
 
 
-def test_no_documents_keeps_training_text_out(tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path) -> None:
+def test_no_documents_keeps_training_text_out(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
     shutil.copytree(tiny_package.path.with_name("package.work"), tmp_path / "package.work")
     package = discover(tiny_config(tmp_path / "package", include_documents=False), QUIET)
     response = tiny_package.evidence()[0]["documents"][0]["response"]

@@ -49,7 +49,9 @@ def ours(steered: SteeredModel, package: Package, mix: Mix, composition: Composi
 def check_equal(got: Tensor, expected: Tensor, unsteered: Tensor) -> None:
     effect = float((expected - unsteered).abs().max())
     assert effect > 0.1, "the steering does nothing, so equality would prove nothing"
-    assert float((got - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), f"effect of the mix: {effect:.2f}"
+    assert float((got - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), (
+        f"effect of the mix: {effect:.2f}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +84,12 @@ def test_rows_of_one_batch_are_steered_apart(
         with live.rows(slots):
             together = logits(live.model, ids.repeat(2, 1))
         scale = float(unsteered.abs().max())
-        assert float((together[slots.index(1)] - unsteered[0]).abs().max()) < 1e-4 * scale, "an unsteered row was steered"
-        assert float((together[slots.index(0)] - alone[0]).abs().max()) < 1e-4 * scale, "a steered row depends on its batch"
+        assert float((together[slots.index(1)] - unsteered[0]).abs().max()) < 1e-4 * scale, (
+            "an unsteered row was steered"
+        )
+        assert float((together[slots.index(0)] - alone[0]).abs().max()) < 1e-4 * scale, (
+            "a steered row depends on its batch"
+        )
 
 
 def test_every_atom_is_a_stock_peft_adapter_on_merged_weights(
@@ -159,10 +165,12 @@ def random_mixes(package: Package, count: int) -> list[Mix]:
 def test_the_drift_matrix_predicts_the_measured_kl_of_random_mixes(
     meters: Callable[[Composition], DriftMeter], real_package: Package
 ) -> None:
+    """KL is averaged over the mix and its negative, as the unit is: a quadratic form knows no odd terms."""
     meter = meters("linear")
     for mix in random_mixes(real_package, 4):
-        measured, predicted = meter.kl_of(real_package.bank.compose(mix, "linear")), real_package.predicted_kl(mix)
-        assert 1 / 1.5 < measured / predicted < 1.5, f"{mix.as_dict()}: measured {measured:.3f}, predicted {predicted:.3f} nats"
+        both = [meter.kl_of(real_package.bank.compose(m, "linear")) for m in (mix, mix.scaled(-1.0))]
+        measured, predicted = sum(both) / 2, real_package.predicted_kl(mix)
+        assert 1 / 1.5 < measured / predicted < 1.5, f"{mix.as_dict()}: {measured:.3f} nats, predicted {predicted:.3f}"
     meter.steered.close()
 
 

@@ -34,7 +34,9 @@ def test_random_sets_match_lengths_without_repeats_and_are_reproducible() -> Non
     assert len({tuple(one) for one in drawn}) > 20
     for one in drawn:
         assert set(one) <= set(documents) and len(set(one)) == len(one)
-        assert Counter(length > 50 for length in one) == {False: 3, True: 2}, "a random set has other lengths than the atom's"
+        assert Counter(length > 50 for length in one) == {False: 3, True: 2}, (
+            "a random set has other lengths than the atom's"
+        )
 
 
 def test_equal_lengths_still_give_sets() -> None:
