@@ -18,6 +18,7 @@ from offline.calibrate import Calibrated
 from offline.config import DiscoverConfig
 from offline.corpus import Corpus
 from offline.dictionary import Dictionary
+from offline.progress import StageCost
 from offline.record import run_record
 from offline.report import render_report
 from offline.select import Candidate
@@ -48,7 +49,7 @@ class Discovery:
     drift: Tensor
     corpus: Corpus
     facts: Mapping[str, Any]
-    timings: Mapping[str, float]
+    costs: Mapping[str, StageCost]
 
 
 def package_contents(discovery: Discovery) -> PackageContents:
@@ -94,7 +95,7 @@ def _manifest(discovery: Discovery, cards: list[AtomCard]) -> Manifest:
         ),
         atoms=cards,
         files={},
-        record=run_record(config, facts, discovery.timings),
+        record=run_record(config, facts, discovery.costs),
     )
 
 

@@ -4,7 +4,7 @@ KL(unsteered ‖ steered) is averaged over the tokens of the unsteered model's o
 δz_j the change of the logits at coefficient 1,
     M_jk = mean over tokens of cov_p(δz_j, δz_k),      KL(mix) ≈ ½ cᵀMc,
 the exact Fisher inner products of the atoms, cross-matrix terms included. δz_j is the central difference
-(z(+1) − z(−1)) / 2, whose two forward passes also give the KL at ±1.
+(z(+h) − z(−h)) / 2h with h below 1: logits saturate, and h = 1 was seen to understate the KL of small mixes by 20-30%.
 
 All forwards run on the steered model (θ0 merged, deltas beside the weights): what is measured is what is served.
 """
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _SCALE_TOLERANCE = 0.05
 _MAX_SCALE_STEPS = 5
+_STEP, _COARSE_STEP = 0.25, 0.5
+"""h of the central difference in fp32, and in half precision, whose rounding would drown a shorter step."""
 _DELTA_LOGITS_BYTES = 512 * 2**20
 
 
@@ -82,13 +84,13 @@ class DriftMeter:
         return (total / self.tokens).float()
 
     def _chunk_gram(self, batch: Batch, directions: Sequence[Direction]) -> Tensor:
-        log_p = self._log_probs(batch, None)  # (n, V)
-        p = log_p.exp()
+        p = self._log_probs(batch, None).exp()  # (n, V)
+        step = _STEP if self.steered.model.dtype == torch.float32 else _COARSE_STEP
         changes = []
         for direction in directions:
-            plus = self._log_probs(batch, self.delta(direction, 1.0))
-            minus = self._log_probs(batch, self.delta(direction, -1.0))
-            change = (plus - minus) / 2  # equals δz up to a constant a token, which the covariance removes
+            plus = self._log_probs(batch, self.delta(direction, step))
+            minus = self._log_probs(batch, self.delta(direction, -step))
+            change = (plus - minus) / (2 * step)  # equals δz up to a constant a token, which the covariance removes
             change -= (p * change).sum(1, keepdim=True)
             changes.append((change * p.sqrt()).flatten())
         stacked = torch.stack(changes)  # (J, n·V)

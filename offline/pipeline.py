@@ -256,7 +256,7 @@ class Run:
         """Writes the package and returns it, read back."""
         discovery = Discovery(
             self.config, self.base_ref, adapter, projection, dictionaries[0], store.mean, list(atoms), drift, self.corpus,
-            self.facts(), self.progress.seconds,
+            self.facts(), self.progress.costs,
         )  # fmt: skip
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)
         return Package.read(self.config.out)

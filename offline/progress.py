@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TextIO
 
 _LINE_EVERY_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageCost:
+    """Wall time of a stage, and the process's peak resident memory from its start to the end of the stage."""
+
+    seconds: float
+    peak_mib: int
 
 
 class Task:
@@ -60,11 +70,11 @@ class _LineTask(Task):
 
 
 class Progress:
-    """Reports stages to `stream` (default: standard error). `quiet` reports nothing. Times every stage by name."""
+    """Reports stages to `stream` (default: standard error). `quiet` reports nothing. Keeps every stage's cost by name."""
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.quiet, self.stream = quiet, stream or sys.stderr
-        self.seconds: dict[str, float] = {}
+        self.costs: dict[str, StageCost] = {}
 
     def say(self, text: str) -> None:
         """One line about what is going on."""
@@ -84,7 +94,7 @@ class Progress:
             yield task
             self.say(f"  {name}: {task.done}/{total} {unit} in {time.monotonic() - started:.1f} s"
                      + (f", {task.note}" if task.note else ""))  # fmt: skip
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        self.costs[name] = StageCost(round(time.monotonic() - started, 2), _peak_mib())
 
     def _rich_task(self, name: str, total: int, unit: str, done: int) -> Iterator[Task]:
         from rich.console import Console
@@ -98,3 +108,8 @@ class Progress:
         with RichProgress(*columns, console=Console(file=self.stream)) as bar:
             row = bar.add_task(name, total=total, completed=done, note="")
             yield _RichTask(name, total, unit, done, bar, row)
+
+
+def _peak_mib() -> int:
+    """ru_maxrss is in KiB on Linux, in bytes on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)

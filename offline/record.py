@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from offline.config import DiscoverConfig
+from offline.progress import StageCost
 
 _LIBRARIES = ("atomsteer", "torch", "transformers", "peft", "safetensors")
 _NOT_HASHED = ("out", "work", "force", "data", "adapter", "model")
 """Where things lie does not change what they are: the data, adapter and model are recorded by hash."""
 
 
-def run_record(config: DiscoverConfig, facts: Mapping[str, Any], timings: Mapping[str, float]) -> dict[str, Any]:
-    """JSON for the manifest. `facts` are counts and hashes of this run; `timings` seconds by stage."""
+def run_record(config: DiscoverConfig, facts: Mapping[str, Any], costs: Mapping[str, StageCost]) -> dict[str, Any]:
+    """JSON for the manifest. `facts` are counts and hashes of this run; `costs` of the stages become `timings`."""
     settings = {key: value for key, value in jsonable(dataclasses.asdict(config)).items() if key not in _NOT_HASHED}
     return {
         "config": settings,
         "seed": config.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
         **facts,
-        "timings": {name: round(seconds, 2) for name, seconds in timings.items()},
+        "timings": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
     }
 
 
