@@ -56,11 +56,17 @@ class SteeredModel:
             return
         if delta.keys() != self._a.keys():
             raise AdapterError("the delta's modules are not those of this model's LoRA space")
+        for (
+            name,
+            factors,
+        ) in delta.items():  # all before any is written, so that a refused delta leaves the slot as it was
+            if factors.lora_A.shape[0] > self._a[name].shape[1]:
+                raise AdapterError(
+                    f"{name}: the delta has rank {factors.lora_A.shape[0]}; slots hold rank {self._a[name].shape[1]}"
+                )
         for name, factors in delta.items():
             rank = factors.lora_A.shape[0]
             a, b = self._a[name][slot], self._b[name][slot]
-            if rank > a.shape[0]:
-                raise AdapterError(f"{name}: the delta has rank {rank}; slots hold rank {a.shape[0]}")
             a[:rank].copy_(factors.lora_A)
             b[:rank].copy_((factors.lora_B.float() * factors.scaling).T)
             a[rank:].zero_()
