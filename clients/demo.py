@@ -40,10 +40,11 @@ from offline.pipeline import discover
 from offline.progress import Progress
 
 SHOWN_ATOMS = 4
-COEFFICIENTS = (-2.0, 0.0, 1.0, 2.0)
+COEFFICIENTS = (-3.0, 0.0, 1.5, 3.0)
 PROMPTS_PER_ATOM = 2
 MAX_TOKENS = 40
 _START_SECONDS = 120
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
     return DiscoverConfig(
         model=str(model), data=demo_data("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
         work=directory / "work",
-        finetune=FinetuneConfig(epochs=0.5),
+        finetune=FinetuneConfig(epochs=0.75, batch_documents=8, learning_rate=2e-3),
         curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=96),
         dictionary=DictionaryConfig(),
         select=SelectConfig(keep=16),
-        calibrate=CalibrateConfig(prompts=5, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
+        calibrate=CalibrateConfig(prompts=4, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=4),
     )  # fmt: skip
 
@@ -72,7 +73,7 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
 def run_demo(directory: Path, port: int) -> None:
     """Runs or resumes the demo in `directory`. Raises AtomsteerError."""
     started = time.monotonic()
-    progress, console = Progress(), Console()
+    progress, console = Progress(), Console(width=max(_WIDTH, Console().width))
     package = _prepared_package(directory, progress)
     port = port or _free_port()
     progress.say(f"starting the server on port {port}")
@@ -92,7 +93,7 @@ def _prepared_package(directory: Path, progress: Progress) -> Package:
         progress.say("preparing the demo model")
         package = discover(demo_config(directory, prepare_demo_model(directory / "model").resolve()), progress)
     if not any(card.effects for card in package.manifest.atoms):
-        package = label_from_detectors(package, None, (2.0,), 2, 24, slots=32, progress=progress)
+        package = label_from_detectors(package, None, (3.0,), 2, 24, slots=32, progress=progress)
     return package
 
 
@@ -163,7 +164,7 @@ async def _ask(package: Package, base_url: str) -> list[Shown]:
 
 def _print_comparison(console: Console, rows: Sequence[Shown]) -> None:
     for shown in rows:
-        table = Table(title=f"{shown.atom}: {shown.prompt}", title_justify="left", width=max(100, console.width))
+        table = Table(title=f"{shown.atom}: {shown.prompt}", title_justify="left", width=console.width)
         for coefficient in COEFFICIENTS:
             table.add_column("unsteered" if coefficient == 0 else f"{coefficient:+g}", ratio=1, overflow="fold")
         table.add_row(*(answer.strip() for answer in shown.answers))
