@@ -1,0 +1,135 @@
+"""The installed command, a real model, a discovered package, and the real OpenAI SDK, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+
+from atoms.package import Package
+
+START_SECONDS = 180
+PROMPT = [{"role": "user", "content": "Name three fruits."}]
+
+
+@pytest.fixture(scope="module")
+def server(
+    real_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str]]:
+    """(base URL, name of the model); asserts at the end that SIGTERM stops the server cleanly."""
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clients.cli", "serve", "--package", str(real_package.path), "--model", str(smol_path),
+             "--port", "0", "--dtype", "float32"],
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        yield _url(process, log) + "/v1", real_package.manifest.name
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    assert code == 0, f"SIGTERM did not stop the idle server cleanly:\n{log.read_text()}"
+
+
+def _url(process: subprocess.Popen[bytes], log: Path) -> str:
+    for _ in range(START_SECONDS * 5):
+        if found := re.search(r"serves .* on (http://\S+)", log.read_text()):
+            return found[1]
+        if process.poll() is not None:
+            break
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+def _steer(**atoms: float) -> dict:
+    return {"steering": {"atoms": {name.replace("_", "-"): value for name, value in atoms.items()}}}
+
+
+def _ask(client: OpenAI, model: str, body: dict | None = None, **more):
+    return client.chat.completions.create(
+        model=model, messages=PROMPT, max_tokens=10, temperature=0, extra_body=body, **more
+    )
+
+
+def test_an_answer_carries_the_echo_and_an_unsteered_one_says_so(server, real_package: Package) -> None:
+    url, model = server
+    atom = real_package.manifest.atoms[0].id
+    with OpenAI(base_url=url, api_key="none") as client:
+        raw = client.chat.completions.with_raw_response.create(
+            model=model, messages=PROMPT, max_tokens=4, temperature=0, extra_body={"steering": {"atoms": {atom: 1}}}
+        )
+        answer = raw.parse()
+        assert answer.steering["atoms"] == {atom: 1.0}
+        assert (
+            answer.steering["mix"] == raw.headers["x-atomsteer-mix"] == real_package.digest(real_package.mix({atom: 1}))
+        )
+        assert answer.steering["predicted_kl"] == pytest.approx(
+            real_package.predicted_kl(real_package.mix({atom: 1})), abs=1e-5
+        )
+        assert _ask(client, model).steering["atoms"] == {}
+
+
+def test_streamed_pieces_are_the_whole_answer(server) -> None:
+    url, model = server
+    with OpenAI(base_url=url, api_key="none") as client:
+        whole = _ask(client, model)
+        chunks = list(_ask(client, model, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].steering["atoms"] == {}, "the first chunk carries the echo"
+    assert chunks[-1].usage == whole.usage
+
+
+async def test_concurrent_mixes_answer_as_each_does_alone(server, real_package: Package) -> None:
+    """Greedy texts in fp32: rows of one batch that leaked into each other would differ from their solo answers."""
+    url, model = server
+    ids = [card.id for card in real_package.manifest.atoms]
+    mixes = [{}, {ids[0]: 3.0}, {ids[0]: -3.0}, {ids[-1]: 3.0}, {}, {ids[-1]: -3.0}]
+
+    async with AsyncOpenAI(base_url=url, api_key="none") as client:
+
+        async def ask(mix: dict) -> str:
+            answer = await client.chat.completions.create(
+                model=model, messages=PROMPT, max_tokens=10, temperature=0, extra_body={"steering": {"atoms": mix}}
+            )
+            return answer.choices[0].message.content
+
+        alone = [await ask(mix) for mix in mixes]
+        together = await asyncio.gather(*(ask(mix) for mix in mixes))
+    assert together == alone
+    assert len(set(alone)) > 1, "no mix changed the answer, so equality would prove nothing"
+
+
+async def test_an_asynchronous_stream_that_is_left_frees_the_server_for_others(server) -> None:
+    url, model = server
+    async with AsyncOpenAI(base_url=url, api_key="none") as client:
+        stream = await client.chat.completions.create(model=model, messages=PROMPT, max_tokens=400, stream=True)
+        async for _ in stream:
+            break
+        await stream.close()
+        answer = await client.completions.create(model=model, prompt="One, two,", max_tokens=4, temperature=0)
+    assert answer.choices[0].text
+
+
+def test_errors_have_openai_form(server) -> None:
+    url, model = server
+    with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        with pytest.raises(NotFoundError, match="unknown atom 'nope'"):
+            _ask(client, model, _steer(nope=1))
+        with pytest.raises(NotFoundError, match="model"):
+            _ask(client, "another-model")
+        with pytest.raises(BadRequestError, match="tools"):
+            _ask(client, model, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+        with pytest.raises(BadRequestError, match="strength"):
+            _ask(client, model, {"steering": {"strength": 2}})
