@@ -40,7 +40,7 @@ from offline.pipeline import discover
 from offline.progress import Progress
 
 SHOWN_ATOMS = 4
-COEFFICIENTS = (-3.0, 0.0, 1.5, 3.0)
+COEFFICIENTS = (-2.0, 0.0, 1.0, 2.0)
 PROMPTS_PER_ATOM = 2
 MAX_TOKENS = 40
 _START_SECONDS = 120
@@ -61,10 +61,10 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
     return DiscoverConfig(
         model=str(model), data=demo_data("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
         work=directory / "work",
-        finetune=FinetuneConfig(epochs=0.75, batch_documents=8, learning_rate=2e-3),
+        finetune=FinetuneConfig(epochs=1.0),
         curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=96),
         dictionary=DictionaryConfig(),
-        select=SelectConfig(keep=16),
+        select=SelectConfig(keep=14),
         calibrate=CalibrateConfig(prompts=4, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=4),
     )  # fmt: skip
@@ -93,7 +93,7 @@ def _prepared_package(directory: Path, progress: Progress) -> Package:
         progress.say("preparing the demo model")
         package = discover(demo_config(directory, prepare_demo_model(directory / "model").resolve()), progress)
     if not any(card.effects for card in package.manifest.atoms):
-        package = label_from_detectors(package, None, (3.0,), 2, 24, slots=32, progress=progress)
+        package = label_from_detectors(package, None, (2.0,), 2, 24, slots=32, progress=progress)
     return package
 
 

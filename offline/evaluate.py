@@ -21,6 +21,8 @@ from atoms.package import Package
 
 SOUND_SHARE = 0.1
 """A coefficient counts as sound while at most this share more of the answers is degenerate than without steering."""
+_MIXES_AT_ONCE = 8
+"""Different mixes share a batch, so that answers that end early leave no slot idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +80,16 @@ def answer(
     """Greedy answers to every prompt under every mix: one list a mix, in the order of `prompts`."""
     encoded = {prompt: engine.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts}
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    results = []
-    for m, mix in enumerate(mixes):
-        requests = [GenerationRequest(f"{m}-{i}", encoded[p], mix, sampling) for i, p in enumerate(prompts)]
-        generations = engine.generate(requests)
-        results.append([Answer(p, mix, g.text) for p, g in zip(prompts, generations, strict=True)])
-        advance(len(prompts))
+    results: list[list[Answer]] = []
+    for start in range(0, len(mixes), _MIXES_AT_ONCE):
+        chunk = mixes[start : start + _MIXES_AT_ONCE]
+        generations = engine.generate(
+            [GenerationRequest(f"{m}-{p}", encoded[p], mix, sampling) for m, mix in enumerate(chunk) for p in prompts]
+        )
+        for m, mix in enumerate(chunk):
+            texts = generations[m * len(prompts) : (m + 1) * len(prompts)]
+            results.append([Answer(p, mix, g.text) for p, g in zip(prompts, texts, strict=True)])
+        advance(len(chunk) * len(prompts))
     return results
 
 
