@@ -317,6 +317,36 @@ def generate(
 
 
 @app.command()
+def attribute(
+    package: PackageArgument,
+    text: Annotated[str | None, typer.Option(help="The response to attribute.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The user's message before --text; default: an empty one.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before --prompt.")] = None,
+    messages: Annotated[
+        str | None, typer.Option(help="A chat as JSON; its last turn is the assistant's response.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Many documents: JSONL (plain or .gz) or Parquet.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Atoms shown a document.")] = 5,
+    examples: Annotated[int, typer.Option(min=0, help="Training documents shown an atom.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a document.")] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=16, help="Longest document in tokens; default: the discovery's.")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens in one batch; bounds memory.")] = 1024,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Show which atoms new documents are made of, the training documents behind them, and what is unexplained."""
+    _quiet_libraries()
+    from clients.attribute import given_documents, print_attributions
+
+    documents = given_documents(text, prompt, system, messages, data)
+    print_attributions(package, documents, model=model, device=device, dtype=dtype, max_length=max_length,
+                       batch_tokens=batch_tokens, top=top, examples=examples, as_json=as_json)  # fmt: skip
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Where model, package and working files go.")] = Path("demo"),
     port: Annotated[int, typer.Option(help="Port of the demo server; 0 chooses a free one.")] = 0,

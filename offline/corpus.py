@@ -118,7 +118,7 @@ def read_corpus(path: Path, *, skip_bad_lines: bool = False, limit: int | None =
         if limit is not None and len(documents) == limit:
             break
         try:
-            documents.append(_document(row, len(documents), number))
+            documents.append(parse_document(row, len(documents), number))
         except DataError as error:
             if not skip_bad_lines:
                 raise DataError(f"{path}, line {number}: {error}; mend the line or pass --skip-bad-lines") from None
@@ -228,8 +228,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
 
 
-def _document(row: Any, index: int, number: int) -> Document:
-    """Raises DataError (without file and line) for a row that is no document."""
+def parse_document(row: Any, index: int = 0, number: int = 1) -> Document:
+    """The document of a row (an object or its JSON text). Raises DataError, without file and line, if it is none."""
     if isinstance(row, str):
         if not row.strip():
             raise DataError("the line is empty")

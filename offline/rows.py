@@ -58,7 +58,7 @@ def write_rows(
         for number, shard in pending.items():
             parts = []
             for group in shard:
-                parts.append(_batch_rows(model, sink, group))
+                parts.append(batch_rows(model, sink, group))
                 bar.advance(len(group))
             merged = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             write_tensors(shard_path(directory, number), merged)
@@ -183,7 +183,8 @@ class RowStore:
         return result
 
 
-def _batch_rows(model: PeftModel, sink: RowSink, group: Sequence[EncodedDocument]) -> dict[str, Tensor]:
+def batch_rows(model: PeftModel, sink: RowSink, group: Sequence[EncodedDocument]) -> dict[str, Tensor]:
+    """One backward pass: what is stored of each document (see the module docstring). `sink` must be hooked to `model`."""
     batch = collate(group).to(model.device)
     sink.start(len(group))
     losses = mean_losses(label_logits(model, batch), batch)
