@@ -14,7 +14,10 @@ from pathlib import Path
 
 from atoms.detectors import get_detector
 from atoms.package import Package
-from offline.evaluate import answer, degenerate_share, demo_data, rate, read_prompts, wilson_interval
+from offline.evaluation.answers import Answerer
+from offline.evaluation.measures import degenerate_share, outcomes
+from offline.evaluation.prompts import demo_data, read_prompts
+from offline.evaluation.statistics import wilson_interval
 from offline.progress import Progress
 from server.embedded.load import EngineOptions, load_package
 
@@ -47,13 +50,14 @@ def measure(options: argparse.Namespace, progress: Progress) -> list[dict]:
         options.behaviours.split(",") if options.behaviours else [c.alias for c in package.manifest.atoms if c.alias]
     )
     heldout = [row for row in read_prompts(options.prompts) if row.split == "heldout"]
-    results = []
+    results: list[dict] = []
+    answerer = Answerer(engine, package.digest, options.max_tokens)
     try:
         with progress.task("answers", len(names) * len(COEFFICIENTS), "cells") as bar:
             for name in names:
                 prompts = [row for row in heldout if row.behaviour == name]
                 mixes = [package.mix({name: c}) for c in COEFFICIENTS]
-                answers = answer(engine, [row.prompt for row in prompts], mixes, options.max_tokens)
+                answers = answerer.answer([row.prompt for row in prompts], mixes)
                 for coefficient, given in zip(COEFFICIENTS, answers, strict=True):
                     results += _rows(name, coefficient, prompts, given)
                 bar.advance(len(COEFFICIENTS))
@@ -66,9 +70,10 @@ def _rows(name: str, coefficient: float, prompts, answers) -> list[dict]:
     rows = []
     for kind in ("neutral", "inviting"):
         chosen = [a for p, a in zip(prompts, answers, strict=True) if p.kind == kind]
-        share = rate(chosen, get_detector(name))
-        rows.append({"behaviour": name, "kind": kind, "coefficient": coefficient, "rate": share, "n": len(chosen),
-                     "interval": wilson_interval(share, len(chosen)), "degenerate": degenerate_share(chosen)})  # fmt: skip
+        count = sum(outcomes(chosen, get_detector(name)))
+        rows.append({"behaviour": name, "kind": kind, "coefficient": coefficient, "rate": count / len(chosen),
+                     "n": len(chosen), "interval": wilson_interval(count, len(chosen)),
+                     "degenerate": degenerate_share(chosen)})  # fmt: skip
     return rows
 
 

@@ -34,7 +34,7 @@ from offline.config import (
     FinetuneConfig,
     SelectConfig,
 )
-from offline.evaluate import demo_data, read_prompts
+from offline.evaluation.prompts import demo_data, read_prompts
 from offline.models import prepare_demo_model
 from offline.pipeline import discover
 from offline.progress import Progress

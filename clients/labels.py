@@ -8,7 +8,9 @@ from pathlib import Path
 
 from atoms.errors import DataError
 from atoms.package import Package
-from offline.evaluate import demo_data, measure_cards, name_by_effect, read_prompts
+from offline.evaluation.answers import Answerer
+from offline.evaluation.cards import measure_cards, name_by_effect
+from offline.evaluation.prompts import demo_data, read_prompts
 from offline.progress import Progress
 from server.embedded.load import EngineOptions, load_package
 
@@ -33,7 +35,8 @@ def label_from_detectors(
     try:
         total = len(prompts) * (1 + len(package.manifest.atoms) * len(coefficients))
         with progress.task("measure effects", total, "answers") as bar:
-            cards = measure_cards(package, engine, prompts, coefficients, max_tokens, bar.advance)
+            answerer = Answerer(engine, package.digest, max_tokens)
+            cards = measure_cards(package, answerer, prompts, coefficients, bar.advance)
     finally:
         engine.close()
     return package.update(name_by_effect(cards))

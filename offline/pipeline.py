@@ -43,7 +43,7 @@ from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
 from offline.curvature import fit_eigenvalues, fit_factors, fit_projection
 from offline.dictionary import Dictionary, encode, learn_dictionary
-from offline.evaluate import read_neutral_prompts
+from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
 from offline.models import frozen_lora
 from offline.progress import Progress

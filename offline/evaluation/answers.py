@@ -1,0 +1,148 @@
+"""Free-running answers: greedy, batched over prompts and mixes, and each generated only once.
+
+Takes any `Engine`; knows no package, detector or statistic. What a mix means is the business of `digest`, which names a
+mix's weights: an answer in the log stands for (digest, prompt, max_tokens, dtype).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoms.engine import Engine, FinishReason, GenerationRequest, SamplingParams
+from atoms.errors import DataError
+from atoms.mix import Mix
+from atoms.storage import canonical_hash, storage_errors
+
+_BATCH = 128
+"""Answers generated, then written, at once: what a kill can lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One greedy answer. `token_ids` includes the end token, if the answer ended by itself."""
+
+    prompt: str
+    mix: Mix
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class AnswerLog:
+    """Answers by key, appended to a JSON-lines file in synced batches. A line that a kill tore is dropped.
+
+    Raises DataError if a whole line of the file is no answer, StorageError if it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, dict] = {}
+        if path.exists():
+            self._read()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: str) -> Mapping | None:
+        return self._known.get(key)
+
+    def append(self, records: Sequence[dict]) -> None:
+        """Writes records (each with its `key`) and waits until they are on the disk."""
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        self._known.update((record["key"], record) for record in records)
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self._known[record["key"]] = record
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(
+                    f"{self.path}, line {number} is no answer ({error}); delete the file to start anew"
+                ) from None
+        if whole < len(data):
+            with storage_errors(self.path):
+                os.truncate(self.path, whole)
+
+
+class Answerer:
+    """Answers prompts under mixes with an engine; asks it only for what the log does not hold.
+
+    `digest` names a mix's weights, and `identity` whatever else decides an answer, such as the dtype.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        digest: Callable[[Mix], str],
+        max_tokens: int,
+        log: AnswerLog | None = None,
+        identity: str = "",
+    ) -> None:
+        self.max_tokens = max_tokens
+        self._engine, self._digest, self._log, self._identity = engine, digest, log, identity
+        self._sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+
+    def answer(
+        self, prompts: Sequence[str], mixes: Sequence[Mix], advance: Callable[[int], None] = lambda _: None
+    ) -> list[list[Answer]]:
+        """One list a mix, in the order of `prompts`. `advance` is told how many answers were added.
+
+        Different mixes share a batch, so that answers that end early leave no slot idle.
+        """
+        asked = [(prompt, mix) for mix in mixes for prompt in prompts]
+        answers = self.answer_pairs(asked, advance)
+        return [answers[n * len(prompts) : (n + 1) * len(prompts)] for n in range(len(mixes))]
+
+    def answer_pairs(
+        self, pairs: Sequence[tuple[str, Mix]], advance: Callable[[int], None] = lambda _: None
+    ) -> list[Answer]:
+        """One answer a (prompt, mix), in order."""
+        keys = [self._key(prompt, mix) for prompt, mix in pairs]
+        found: dict[str, Answer] = {}
+        missing: dict[str, tuple[str, Mix]] = {}
+        for key, (prompt, mix) in zip(keys, pairs, strict=True):
+            record = self._log.get(key) if self._log else None
+            if record is None:
+                missing[key] = (prompt, mix)
+            else:
+                found[key] = Answer(prompt, mix, record["text"], tuple(record["token_ids"]), record["finish_reason"])
+        advance(len(pairs) - len(missing))
+        order = list(missing.items())
+        for start in range(0, len(order), _BATCH):
+            chunk = order[start : start + _BATCH]
+            found.update(self._generate(chunk))
+            advance(len(chunk))
+        return [found[key] for key in keys]
+
+    def _generate(self, chunk: Sequence[tuple[str, tuple[str, Mix]]]) -> dict[str, Answer]:
+        requests = [
+            GenerationRequest(key, self._engine.encode_chat([{"role": "user", "content": prompt}]), mix, self._sampling)
+            for key, (prompt, mix) in chunk
+        ]
+        answers = {
+            key: Answer(prompt, mix, g.text, g.token_ids, g.finish_reason)
+            for (key, (prompt, mix)), g in zip(chunk, self._engine.generate(requests), strict=True)
+        }
+        if self._log:
+            self._log.append([self._record(key, answer) for key, answer in answers.items()])
+        return answers
+
+    def _record(self, key: str, answer: Answer) -> dict:
+        return {"key": key, "mix": self._digest(answer.mix), "coefficients": answer.mix.as_dict(),
+                "prompt": answer.prompt, "text": answer.text, "token_ids": list(answer.token_ids),
+                "finish_reason": answer.finish_reason}  # fmt: skip
+
+    def _key(self, prompt: str, mix: Mix) -> str:
+        return canonical_hash([self._digest(mix), prompt, self.max_tokens, self._identity])
