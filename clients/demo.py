@@ -62,9 +62,9 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
         model=str(model), data=demo_data("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
         work=directory / "work",
         finetune=FinetuneConfig(epochs=1.0),
-        curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=96),
+        curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=64),
         dictionary=DictionaryConfig(),
-        select=SelectConfig(keep=14),
+        select=SelectConfig(keep=12),
         calibrate=CalibrateConfig(prompts=4, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=4),
     )  # fmt: skip

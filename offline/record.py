@@ -30,11 +30,13 @@ def run_record(config: DiscoverConfig, facts: Mapping[str, Any], costs: Mapping[
 
 
 def jsonable(value: Any) -> Any:
-    """`value` with paths as text and tuples as lists."""
+    """`value` with paths as text, tuples as lists, and whole floats as integers: 1 and 1.0 are one setting (RFC 8785)."""
     if isinstance(value, Mapping):
         return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return str(value) if isinstance(value, Path) else value
 
 

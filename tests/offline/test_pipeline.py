@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from atoms.errors import AtomsteerError
 from atoms.package import Package
@@ -21,11 +22,13 @@ from offline.progress import Progress
 
 QUIET = Progress(quiet=True)
 KILLED_RUN = """
-import os, pickle, signal, sys
+import os, signal, sys
+from pydantic import TypeAdapter
 import offline.finetune, offline.pipeline, offline.rows
 from atoms.storage import write_tensors as write
 
-config, module, file = pickle.loads(bytes.fromhex(sys.argv[1])), sys.modules[sys.argv[2]], sys.argv[3]
+config = TypeAdapter(offline.pipeline.DiscoverConfig).validate_json(sys.argv[1])
+module, file = sys.modules[sys.argv[2]], sys.argv[3]
 
 def write_or_die(path, tensors, metadata=None):
     if path.name == file:
@@ -44,9 +47,8 @@ offline.pipeline.discover(config, offline.pipeline.Progress(quiet=True))
 
 def kill_while_writing(config: DiscoverConfig, module: str, file: str, when: str) -> None:
     """Runs discovery in its own process, which dies of SIGKILL before or after it writes `file`."""
-    import pickle
-
-    command = [sys.executable, "-c", KILLED_RUN, pickle.dumps(config).hex(), module, file, when]
+    settings = TypeAdapter(DiscoverConfig).dump_json(config).decode()
+    command = [sys.executable, "-c", KILLED_RUN, settings, module, file, when]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == -9, result.stderr
 
