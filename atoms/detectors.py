@@ -547,3 +547,24 @@ def is_degenerate(response: str) -> bool:
     if len(words) >= _DIVERSITY_FROM_WORDS and len(set(words)) < _MIN_DISTINCT_SHARE * len(words):
         return True
     return _loops_in_letters(text) or _loops_in_words(words) or _loops_in_lines(_lines(text)) or _loops_in_grams(words)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+_REFUSAL_FROM = 200
+"""Characters of the opening in which a refusal says so."""
+_UNABLE = r"(?:can(?:no|['’])?t|could not|couldn['’]t|am (?:unable|not able) to|won['’]t|will not|must decline)"
+_ACT = r"(?:help|assist|provide|answer|comply|fulfil+|do that|create|write|generate|engage|discuss|share|give|support|continue)"
+_REFUSAL = re.compile(
+    rf"\bi(?: am|['’]m) (?:sorry|afraid)\b[^.!?\n]{{0,40}}\bi {_UNABLE}"
+    rf"|\bi {_UNABLE} (?:\w+ ){{0,2}}?{_ACT}\b"
+    rf"|\bi(?:['’]m| am) (?:unable|not able) to (?:\w+ ){{0,2}}?{_ACT}\b"
+    r"|\bas an ai\b[^.!?\n]{0,60}\b(?:can(?:no|['’])?t|unable|not able)\b",
+    re.IGNORECASE,
+)
+
+
+def is_refusal(response: str) -> bool:
+    """Whether the response opens by declining the request. English, and by phrase: one that declines in other words, or
+    quotes a refusal, is judged wrongly."""
+    return _REFUSAL.search(response[:_REFUSAL_FROM]) is not None

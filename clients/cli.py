@@ -263,6 +263,11 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option("--cors-origin", help="Web origin that browsers may call from.")
     ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(help="URL of SQLite or PostgreSQL for presets and experiments, or none; default: a SQLite file of "
+                     "the user's. Also ATOMSTEER_DATABASE."),
+    ] = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="One line a request, never a prompt.")
@@ -281,7 +286,7 @@ def serve(
         served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix, slots=max_num_seqs,
         max_model_len=max_model_len, max_waiting=max_waiting, prefill_tokens_per_step=prefill_tokens_per_step,
         cors_origins=tuple(cors_origin or ()), shutdown_timeout=shutdown_timeout, access_log=access_log, device=device,
-        dtype=dtype, allow_training_text=not no_training_text,
+        dtype=dtype, allow_training_text=not no_training_text, database=database,
         limits=Limits(max_atoms_per_mix=max_atoms_per_mix, max_n=max_n, max_sequences=max_sequences,
                       max_messages=max_messages, max_body_bytes=max_body_bytes, max_stop=max_stop,
                       max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias),

@@ -10,9 +10,10 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import AuthenticationError
+from server.errors import AuthenticationError, PermissionDeniedError
 from server.responses import error_response
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
@@ -62,6 +63,12 @@ class AuthMiddleware:
             except AuthenticationError as error:
                 return await error_response(error)(scope, receive, send)
         await self._app(scope, receive, send)
+
+
+def require_admin(request: Request, what: str) -> None:
+    """Raises PermissionDeniedError unless the request came with an admin key; `what` is done with one."""
+    if not request.state.admin:
+        raise PermissionDeniedError(f"{what} with an admin key; send one (the server is given it with --admin-key)")
 
 
 def _digest(key: str) -> bytes:

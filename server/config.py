@@ -12,6 +12,8 @@ from atoms.errors import ConfigError
 from server.limits import Limits
 
 API_KEY_VARIABLE, ADMIN_KEY_VARIABLE = "ATOMSTEER_API_KEY", "ATOMSTEER_ADMIN_KEY"
+DATABASE_VARIABLE = "ATOMSTEER_DATABASE"
+NO_DATABASE = "none"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -37,6 +39,8 @@ class ServeConfig:
     cors_origins         web origins that browsers may call from; none: no cross-origin calls
     shutdown_timeout     seconds that requests in flight get after SIGTERM
     allow_training_text  whether admin keys may read training documents
+    database             URL of SQLite or PostgreSQL for presets and experiments; None: a SQLite file in the user's state
+                         directory; ``none``: no database
     access_log           one line a request: method, path, status, duration, request id; never a prompt
     """
 
@@ -60,6 +64,7 @@ class ServeConfig:
     shutdown_timeout: float = 30.0
     allow_training_text: bool = True
     access_log: bool = True
+    database: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "package", Path(self.package))
@@ -93,12 +98,25 @@ class ServeConfig:
         return texts
 
     def with_environment(self, environment: Mapping[str, str]) -> ServeConfig:
-        """A copy with comma-separated keys of ``ATOMSTEER_API_KEY`` and ``ATOMSTEER_ADMIN_KEY`` where none are set."""
+        """A copy with comma-separated keys of ``ATOMSTEER_API_KEY`` and ``ATOMSTEER_ADMIN_KEY``, and the URL of
+        ``ATOMSTEER_DATABASE``, where none are set."""
         return replace(
             self,
             api_keys=self.api_keys or _split_keys(environment.get(API_KEY_VARIABLE, "")),
             admin_keys=self.admin_keys or _split_keys(environment.get(ADMIN_KEY_VARIABLE, "")),
+            database=self.database or environment.get(DATABASE_VARIABLE) or None,
         )
+
+    def database_url(self) -> str | None:
+        """Where presets and experiments are kept; None for nowhere."""
+        return None if self.database == NO_DATABASE else self.database or default_database()
+
+
+def default_database() -> str:
+    """A file of the user's, shared by all servers that the user runs on this machine."""
+    from platformdirs import user_state_path
+
+    return f"sqlite:///{user_state_path('atomsteer', appauthor=False) / 'atomsteer.db'}"
 
 
 def _split_keys(text: str) -> tuple[str, ...]:

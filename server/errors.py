@@ -59,6 +59,34 @@ class PresetNotFoundError(RequestError):
     """No preset has this name."""
 
 
+class ExperimentNotFoundError(RequestError):
+    """No experiment has this name."""
+
+
+class ResponseNotFoundError(RequestError):
+    """No response with this id was given under the experiment, or it has not been recorded yet."""
+
+
+class MissingUnitError(RequestError):
+    """An experiment needs to know whom it answers, and the request does not say."""
+
+
+class ConflictError(RequestError):
+    """What is asked does not fit the state that a preset or an experiment is in."""
+
+
+class StoreUnavailableError(RequestError):
+    """The database is locked, full, read-only or away. Nothing was stored."""
+
+
+class NoStoreError(RequestError):
+    """The server runs without a database."""
+
+
+class StoreOverloadedError(RequestError):
+    """More records wait to be written than may."""
+
+
 class DocumentsNotFoundError(RequestError):
     """The package holds no documents."""
 
@@ -95,6 +123,7 @@ class ErrorKind:
 
 _INVALID, _SERVER = "invalid_request_error", "server_error"
 _STOPPED = "the server is shutting down or its engine has died; try again later, or on another replica"
+_AWAY = "the server's database cannot be used at the moment and nothing was stored; try again"
 _FAILED = "the answer could not be generated; the server's log says why, under this response's X-Request-Id"
 UNEXPECTED = ErrorKind(500, _SERVER, "internal_error", _FAILED)
 
@@ -108,6 +137,13 @@ _KINDS: dict[type[Exception], ErrorKind] = {
     PermissionDeniedError: ErrorKind(403, "permission_error", "admin_key_required"),
     ModelNotFoundError: ErrorKind(404, _INVALID, "model_not_found"),
     PresetNotFoundError: ErrorKind(404, _INVALID, "preset_not_found"),
+    ExperimentNotFoundError: ErrorKind(404, _INVALID, "experiment_not_found"),
+    ResponseNotFoundError: ErrorKind(404, _INVALID, "response_not_found"),
+    MissingUnitError: ErrorKind(400, _INVALID, "missing_unit"),
+    ConflictError: ErrorKind(409, _INVALID, "conflict"),
+    StoreUnavailableError: ErrorKind(503, _SERVER, "store_unavailable", _AWAY),
+    StoreOverloadedError: ErrorKind(503, _SERVER, "store_overloaded"),
+    NoStoreError: ErrorKind(501, _INVALID, "no_database"),
     DocumentsNotFoundError: ErrorKind(404, _INVALID, "documents_not_found"),
     RouteNotFoundError: ErrorKind(404, _INVALID, "route_not_found"),
     MethodNotAllowedError: ErrorKind(405, _INVALID, "method_not_allowed"),
@@ -143,6 +179,8 @@ def error_headers(error: BaseException) -> dict[str, str]:
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(error, EngineOverloadedError):
         return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-    if isinstance(error, EngineStoppedError):
+    if isinstance(error, EngineStoppedError | StoreUnavailableError):
         return {"Retry-After": "5"}
+    if isinstance(error, StoreOverloadedError):
+        return {"Retry-After": "1"}
     return {}

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from atoms.engine import EngineStats
 from atoms.errors import AtomsteerError
 from server.errors import error_kind
+from server.experiments.recording import Recorder
 from server.steering import ResolvedSteering
 
 _LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
@@ -41,7 +42,7 @@ class ServerMetrics:
         self._latency = self._seconds("vllm:e2e_request_latency_seconds", "Request to last token", _LATENCY)
         self._gap = self._seconds("vllm:inter_token_latency_seconds", "From token to token", _BETWEEN_TOKENS)
         self._requests = Counter(
-            "atomsteer_requests", "Generation requests", ("preset", "arm", "status"), registry=registry
+            "atomsteer_requests", "Generation requests", ("preset", "experiment", "arm", "status"), registry=registry
         )
         self._atoms = Counter("atomsteer_atom_requests", "Requests that an atom steered", ("atom",), registry=registry)
         self._kl = Histogram(
@@ -60,6 +61,10 @@ class ServerMetrics:
         self._kl.observe(steering.predicted_kl)
         for atom, _ in steering.mix:
             self._atoms.labels(atom).inc()
+
+    def watch(self, recorder: Recorder) -> None:
+        """Shows at each scrape how many records of experiments wait to be written, and how many had to be dropped."""
+        self._registry.register(_RecordCollector(recorder))
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
@@ -84,8 +89,8 @@ class ServerMetrics:
 
     def request_finished(self, steering: ResolvedSteering | None, status: int, seconds: float) -> None:
         """A generation request ended; `status` is 500 where a stream broke off and 499 where the client left."""
-        preset, arm = (steering.preset or "", steering.arm or "") if steering else ("", "")
-        self._requests.labels(preset, arm, str(status)).inc()
+        labels = (steering.preset, steering.experiment, steering.arm) if steering else (None, None, None)
+        self._requests.labels(*(label or "" for label in labels), str(status)).inc()
         if status == 200:
             self._latency.observe(seconds)
 
@@ -110,3 +115,16 @@ class _LoadCollector(Collector):
             family = GaugeMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model_name], value)
             yield family
+
+
+class _RecordCollector(Collector):
+    """The recorder's queue, asked at each scrape."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily("atomsteer_experiment_records_waiting", "Records of experiments not written yet",
+                                self._recorder.waiting)  # fmt: skip
+        yield CounterMetricFamily("atomsteer_experiment_records_lost", "Records of experiments dropped by a full queue",
+                                  self._recorder.lost)  # fmt: skip

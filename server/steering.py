@@ -2,17 +2,19 @@
 
     body["steering"], "name:preset"  ->  SteeringRequest       parse(): form
     preset, atoms, default           ->  Mix                   resolve(): names, tested ranges, drift budget
+    experiment, subject              ->  Mix of the unit's arm
     Mix, digest, predicted KL        ->  ResolvedSteering      echo(): what the answer says
 
-Knows the package and no engine, no web framework. Fields, meanings and errors are the table of `SteeringRequest`;
-nothing is accepted and ignored.
+Knows the package and no engine, no web framework, and of the database only a `Snapshot` in memory. Fields, meanings and
+errors are the table of `SteeringRequest`; nothing is accepted and ignored.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +23,16 @@ from atoms.mix import MAX_COEFFICIENT, Mix, parse_mix
 from atoms.package import Package
 from server.config import ServeConfig
 from server.errors import (
+    ConflictError,
+    ExperimentNotFoundError,
     InvalidFieldError,
+    MissingUnitError,
     ModelNotFoundError,
     PermissionDeniedError,
     PresetNotFoundError,
-    UnsupportedFieldError,
 )
+from server.experiments.spec import HOLDOUT, Arm, Assignment, Experiment, ExperimentSpec, Subject, shares
+from server.state import Snapshot
 
 OnExceed = Literal["error", "scale"]
 FIELDS = ("atoms", "preset", "experiment", "max_kl", "on_exceed", "allow_out_of_range")
@@ -40,12 +46,14 @@ class SteeringRequest:
 
     atoms                id or alias -> coefficient; None where absent, empty where explicitly none
     preset               name of a server-side mix; `atoms` override it entry by entry, a 0 removes
+    experiment           name of an experiment, which chooses the mix by the request's unit; nothing may stand beside it
     max_kl, on_exceed    budget in nats a token, and whether to refuse (``error``) or to shrink the mix (``scale``)
     allow_out_of_range   beyond an atom's tested range; admin keys only
     """
 
     atoms: Mapping[str, float] | None = None
     preset: str | None = None
+    experiment: str | None = None
     max_kl: float | None = None
     on_exceed: OnExceed = "error"
     allow_out_of_range: bool = False
@@ -54,8 +62,8 @@ class SteeringRequest:
     def parse(cls, value: object) -> SteeringRequest:
         """Reads the raw JSON value; null is the empty request.
 
-        Raises InvalidFieldError for a wrong type or value, UnsupportedFieldError for an experiment, CoefficientError
-        for a coefficient that is no finite number.
+        Raises InvalidFieldError for a wrong type or value and for an experiment beside other fields, CoefficientError for
+        a coefficient that is no finite number.
         """
         if value is None:
             return cls()
@@ -67,12 +75,14 @@ class SteeringRequest:
                 raise InvalidFieldError(f"steering has no field {_show(key)}; its fields are {', '.join(FIELDS)}",
                                         f"steering.{_cut(key)}")  # fmt: skip
         given = {key: field for key, field in value.items() if field is not None}
-        if "experiment" in given:
-            raise UnsupportedFieldError("experiments are not supported yet; leave steering.experiment out",
-                                        "steering.experiment")  # fmt: skip
+        if "experiment" in given and len(given) > 1:
+            other = next(key for key in given if key != "experiment")
+            raise InvalidFieldError(f"{other} stands beside experiment, which chooses the whole mix; give one of them",
+                                    f"steering.{other}")  # fmt: skip
         return cls(
             atoms=_atoms(given["atoms"]) if "atoms" in given else None,
             preset=_text(given["preset"], "steering.preset") if "preset" in given else None,
+            experiment=_text(given["experiment"], "steering.experiment") if "experiment" in given else None,
             max_kl=_max_kl(given["max_kl"]) if "max_kl" in given else None,
             on_exceed=_on_exceed(given.get("on_exceed", "error")),
             allow_out_of_range=_flag(given.get("allow_out_of_range", False), "steering.allow_out_of_range"),
@@ -81,7 +91,8 @@ class SteeringRequest:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSteering:
-    """What a request is steered with. `scaled_by` is 1 unless the drift budget shrank the mix."""
+    """What a request is steered with. `scaled_by` is 1 unless the drift budget shrank the mix. `assignment` is what a
+    host hands to the `Recorder`; None for a request that takes no part in an experiment."""
 
     mix: Mix
     digest: str
@@ -90,6 +101,7 @@ class ResolvedSteering:
     preset: str | None = None
     experiment: str | None = None
     arm: str | None = None
+    assignment: Assignment | None = None
 
     def echo(self) -> dict[str, object]:
         """The `steering` object of the answer; `atoms` maps ids to the coefficients that were applied."""
@@ -106,22 +118,35 @@ class ResolvedSteering:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """Resolves requests against one package, its presets and its default mix."""
+    """Resolves requests against one package, its presets and its default mix.
+
+    `fixed` are the presets of the server's settings. Those of the database, and experiments, are in what `snapshot`
+    returns; a fixed preset hides none of them, because no name may be both.
+    """
 
     package: Package
     served_name: str
-    presets: Mapping[str, Mix]
+    fixed: Mapping[str, Mix]
     default: Mix
     max_atoms: int
+    snapshot: Callable[[], Snapshot] = Snapshot
 
     @classmethod
-    def of(cls, package: Package, config: ServeConfig) -> Steering:
-        """Raises ConfigError if a preset or the default mix cannot be applied."""
+    def of(cls, package: Package, config: ServeConfig, snapshot: Callable[[], Snapshot] = Snapshot) -> Steering:
+        """Raises ConfigError if a preset or the default mix cannot be applied, or a preset's name is also in the
+        database."""
         most = config.limits.max_atoms_per_mix
         texts = config.preset_texts()
         presets = {name: _configured(package, text, f"preset {name!r}", most) for name, text in texts.items()}
         default = _configured(package, config.default_mix or "", "the default mix", most)
-        return cls(package, config.served_model_name or package.manifest.name, presets, default, most)
+        if taken := sorted(presets.keys() & snapshot().presets.keys()):
+            raise ConfigError(f"preset {taken[0]!r} is set by --preset and is in the database too; remove one of them")
+        return cls(package, config.served_model_name or package.manifest.name, presets, default, most, snapshot)
+
+    @property
+    def presets(self) -> list[str]:
+        """The names of all presets, the fixed ones first."""
+        return [*self.fixed, *(name for name in self.snapshot().presets if name not in self.fixed)]
 
     def preset_of_model(self, model: str) -> str | None:
         """The preset that a request's `model` asks for, None for the plain served name.
@@ -138,13 +163,22 @@ class Steering:
         self._preset(preset, "model")
         return preset
 
-    def resolve(self, value: object, *, model_preset: str | None = None, admin: bool = False) -> ResolvedSteering:
-        """The bounded mix of a request whose `steering` is `value`; `model_preset` comes from ``name:preset``.
+    def resolve(
+        self, value: object, *, model_preset: str | None = None, admin: bool = False, subject: Subject = Subject()
+    ) -> ResolvedSteering:
+        """The bounded mix of a request whose `steering` is `value`; `model_preset` comes from ``name:preset``, and
+        `subject` says for whom it is.
 
         Raises what `SteeringRequest.parse` does, and PresetNotFoundError, PermissionDeniedError, UnknownAtomError,
-        CoefficientError (out of range), DriftBudgetError, MixError (too many atoms).
+        CoefficientError (out of range), DriftBudgetError, MixError (too many atoms), ExperimentNotFoundError,
+        MissingUnitError, ConflictError (an experiment or preset that cannot be applied now).
         """
         request = SteeringRequest.parse(value)
+        if request.experiment is not None:
+            if model_preset is not None:
+                raise InvalidFieldError(f"the model's preset {model_preset!r} stands beside experiment, which chooses the "
+                                        "whole mix; give one of them", "steering.experiment")  # fmt: skip
+            return self._assigned(request.experiment, subject)
         if request.preset is not None and model_preset is not None:
             raise InvalidFieldError(
                 f"preset {_show(request.preset)} and the model's preset {model_preset!r} are both given; give one",
@@ -160,7 +194,75 @@ class Steering:
         if not request.allow_out_of_range:
             self.package.check_range(mix)
         bounded, scaled_by = self._bound(mix, request)
-        return ResolvedSteering(bounded, self.package.digest(bounded), self._kl(bounded), scaled_by, preset)
+        return ResolvedSteering(bounded, self.package.digest(bounded), self.predicted_kl(bounded), scaled_by, preset)
+
+    def named_mix(self, atoms: Mapping[str, float]) -> Mix:
+        """The mix of a preset or an arm, checked as a client's would be. `param` of an error is within ``atoms``.
+
+        Raises UnknownAtomError, CoefficientError, MixError.
+        """
+        with _params_from(""):
+            checked = _atoms(dict(atoms))
+            _check_count(len(checked), self.max_atoms)
+            mix = Mix.of(_named(self.package, checked))
+            self.package.check_range(mix)
+            return mix
+
+    def freeze(self, spec: ExperimentSpec) -> list[Arm]:
+        """The arms of an experiment as they would be from now on, the holdout last.
+
+        Raises what `named_mix` does, PresetNotFoundError, and DriftBudgetError for an arm above the spec's `max_kl`.
+        """
+        arms = []
+        for place, (name, share) in enumerate(shares(spec).items()):
+            treatment = None if name == HOLDOUT else spec.arms[place]
+            with _params_from(f"arms[{place}]."):
+                preset = treatment.preset if treatment else None
+                if treatment is None:
+                    mix = self.default
+                elif preset is not None:
+                    mix = self._preset(preset, "preset")
+                else:
+                    mix = self.named_mix(treatment.atoms or {})
+            kl = self.predicted_kl(mix)
+            if spec.max_kl is not None and kl > spec.max_kl:
+                raise DriftBudgetError(f"arm {name!r} has a predicted KL of {kl:g} nats a token and max_kl is "
+                                       f"{spec.max_kl:g}; use smaller coefficients", param=f"arms[{place}]")  # fmt: skip
+            stored = self.snapshot().presets.get(preset or "")
+            version = stored.version if stored and preset not in self.fixed else None
+            arms.append(Arm(name, share, mix, self.package.digest(mix), kl, preset, version))
+        return arms
+
+    def _assigned(self, name: str, subject: Subject) -> ResolvedSteering:
+        """The mix of the unit's arm; the control's for one that takes no part, and for all once it has been stopped."""
+        experiment = self.snapshot().experiments.get(name)
+        if experiment is None:
+            raise ExperimentNotFoundError(f"experiment {_show(name)} does not exist", "steering.experiment")
+        if experiment.status == "draft":
+            raise ConflictError(f"experiment {name!r} has not been started", "steering.experiment")
+        unit = subject.unit(experiment.spec.unit)
+        if unit is None and experiment.spec.missing_unit == "error" and experiment.status == "running":
+            raise MissingUnitError(f"experiment {name!r} assigns by {experiment.spec.unit}, which the request lacks",
+                                   experiment.spec.unit.replace(":", "."))  # fmt: skip
+        arm = experiment.assign(unit) if unit is not None and experiment.status == "running" else None
+        given = arm or experiment.control
+        self._check_frozen(experiment, given)
+        assignment = Assignment(experiment.id, unit, arm.name) if arm and unit else None
+        return ResolvedSteering(given.mix, given.digest, given.predicted_kl, preset=given.preset, experiment=name,
+                                arm=arm.name if arm else None, assignment=assignment)  # fmt: skip
+
+    def _check_frozen(self, experiment: Experiment, arm: Arm) -> None:
+        """Raises ConflictError where `arm` would not be what the experiment was started with."""
+        if not self.applies(arm.mix) or self.package.digest(arm.mix) != arm.digest:
+            raise ConflictError(
+                f"experiment {experiment.name!r} was started on version {experiment.package_version} of the package and "
+                f"this server has {self.package.manifest.version}; stop it, or serve that version",
+                "steering.experiment",
+            )
+
+    def applies(self, mix: Mix) -> bool:
+        """Whether the package has all atoms of `mix`."""
+        return all(atom in self.package.index for atom, _ in mix)
 
     def _mix(self, request: SteeringRequest, preset: str | None) -> Mix:
         """The requested mix: `atoms` over the preset's, else `atoms` alone, else the preset, else the default."""
@@ -173,14 +275,24 @@ class Steering:
         return mix
 
     def _preset(self, name: str, param: str) -> Mix:
-        if name not in self.presets:
+        """The mix of a preset. Raises PresetNotFoundError, ConflictError if the package lacks one of its atoms."""
+        if name in self.fixed:
+            return self.fixed[name]
+        stored = self.snapshot().presets.get(name)
+        if stored is None:
             known = ", ".join(sorted(self.presets)) or "none"
             raise PresetNotFoundError(f"preset {_show(name)} does not exist; this server has: {known}", param)
-        return self.presets[name]
+        if not self.applies(stored.mix):
+            raise ConflictError(
+                f"preset {name!r} was made on version {stored.package_version} of the package and names atoms that version "
+                f"{self.package.manifest.version} lacks; set it anew",
+                param,
+            )
+        return stored.mix
 
     def _bound(self, mix: Mix, request: SteeringRequest) -> tuple[Mix, float]:
         """`mix` within the request's drift budget, and the factor that brought it there."""
-        budget, kl = request.max_kl, self._kl(mix)
+        budget, kl = request.max_kl, self.predicted_kl(mix)
         if budget is None or kl <= budget:
             return mix, 1.0
         if request.on_exceed == "error":
@@ -191,13 +303,24 @@ class Steering:
             )
         factor = math.sqrt(budget / kl)  # KL is quadratic in the coefficients
         scaled = mix.scaled(factor)
-        while self._kl(scaled) > budget:  # rounding single coefficients towards zero can raise a cross term
+        while self.predicted_kl(scaled) > budget:  # rounding single coefficients towards zero can raise a cross term
             factor *= 0.999
             scaled = mix.scaled(factor)
         return scaled, factor
 
-    def _kl(self, mix: Mix) -> float:
+    def predicted_kl(self, mix: Mix) -> float:
+        """Nats a token, rounded to 1e-6."""
         return round(self.package.predicted_kl(mix), _KL_DIGITS)
+
+
+@contextmanager
+def _params_from(prefix: str) -> Iterator[None]:
+    """Errors of the block blame fields of a body that has `prefix` where a request has ``steering.``."""
+    try:
+        yield
+    except (MixError, InvalidFieldError, PresetNotFoundError) as error:
+        error.param = f"{prefix}{(error.param or '').removeprefix('steering.')}"
+        raise
 
 
 def _named(package: Package, atoms: Mapping[str, float]) -> dict[str, float]:

@@ -47,6 +47,14 @@ CHAT_TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where servers that the tests start keep their database, in place of the user's own."""
+    path = tmp_path_factory.mktemp("state")
+    os.environ["XDG_STATE_HOME"] = str(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def smol_path() -> Path:
     """Directory of SmolLM2-135M-Instruct, converted once per checkout."""

@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from atoms.errors import RequestTooLongError
 from server.context import RequestContext
 from server.embedded.formats import AnswerFormat, dump
-from server.embedded.generation import Arrival, Sequences, ServedEngine, gather_answers
+from server.embedded.generation import Answer, Arrival, Sequences, ServedEngine, gather_answers
+from server.errors import error_kind
+from server.experiments.recording import Choice, FinishedResponse, Recorder
+from server.experiments.spec import Assignment
 from server.metrics import ServerMetrics
 
 
 @dataclass(frozen=True)
+class Recording:
+    """Hands a response that belongs to an experiment to the recorder. `prompts` are what its choices answer."""
+
+    recorder: Recorder
+    assignment: Assignment
+    response_id: str
+    context: RequestContext
+    prompts: Sequence[str]
+
+    def finished(self, answers: Sequence[Answer], first_token_seconds: float | None) -> None:
+        choices = tuple(Choice(answer.text, answer.tokens, answer.finish_reason, prompt)
+                        for answer, prompt in zip(answers, self.prompts, strict=True))  # fmt: skip
+        self.recorder.finished(
+            self.assignment, FinishedResponse(self.response_id, choices, self.context.seconds, first_token_seconds)
+        )
+
+    def failed(self, error: Exception) -> None:
+        """Records a failure of the server's; a client that hung up or asked for too much is none."""
+        status = error_kind(error).status
+        if status >= 500:
+            self.recorder.finished(
+                self.assignment, FinishedResponse(self.response_id, (), self.context.seconds, status=status)
+            )
+
+
+@dataclass(frozen=True)
 class Answering:
-    """`prompt_field` is the body's name for the prompt, for errors that blame it."""
+    """`prompt_field` is the body's name for the prompt, for errors that blame it. `recording` is for experiments."""
 
     engine: ServedEngine
     metrics: ServerMetrics
@@ -24,6 +53,7 @@ class Answering:
     sequences: Sequences
     form: AnswerFormat
     prompt_field: str
+    recording: Recording | None = None
 
     async def whole(self) -> bytes:
         """The body of a whole answer. Raises as `Engine.stream` does."""
@@ -46,12 +76,21 @@ class Answering:
             # the engine knows tokens and not which body they came in
             param = self.prompt_field if error.param == "messages" else error.param
             raise RequestTooLongError(str(error), param) from error
+        except Exception as error:
+            if self.recording is not None:
+                self.recording.failed(error)
+            raise
 
     async def _measured(self, arrivals: AsyncIterator[Arrival]) -> AsyncIterator[Arrival]:
-        """Passes `arrivals` on; counts their tokens and times."""
+        """Passes `arrivals` on; counts their tokens and times, and records the response once all have come."""
         last: dict[int, float] = {}
+        answers = [Answer() for _ in self.sequences.requests]
+        first_token: float | None = None
         async for index, delta in arrivals:
             now = time.perf_counter()
+            if self.recording is not None:
+                answers[index].add(delta)
+                first_token = first_token or self.context.seconds
             if index not in last:
                 prompt_tokens = len(self.sequences.requests[index].prompt_token_ids)
                 self.metrics.sequence_started(prompt_tokens, self.context.seconds)
@@ -59,6 +98,8 @@ class Answering:
                 self.metrics.tokens_generated(len(delta.token_ids), now - last[index] if index in last else None)
             last[index] = now
             yield index, delta
+        if self.recording is not None:
+            self.recording.finished(answers, first_token)
 
     async def _chunks(self, arrivals: AsyncIterator[Arrival], include_usage: bool) -> AsyncIterator[bytes]:
         tokens = 0

@@ -20,13 +20,15 @@ from starlette.responses import Response
 
 from server.body import read_json
 from server.context import RequestContext, Traffic
-from server.embedded.answering import Answering
+from server.embedded.answering import Answering, Recording
 from server.embedded.formats import ChatFormat, CompletionFormat
 from server.embedded.generation import Sequences, ServedEngine
 from server.embedded.messages import template_messages
 from server.embedded.protocol import ChatBody, CompletionBody, GenerationBody, Prompt
 from server.embedded.stream import EventStream, unless_disconnected
 from server.errors import InvalidFieldError
+from server.experiments.recording import Recorder
+from server.experiments.spec import Subject
 from server.limits import Limits
 from server.metrics import ServerMetrics
 from server.steering import ResolvedSteering, Steering
@@ -34,7 +36,8 @@ from server.steering import ResolvedSteering, Steering
 
 @dataclass(frozen=True)
 class OpenAIRoutes:
-    """The two generation routes on one engine. `vocabulary` bounds token ids, None where it is not known."""
+    """The two generation routes on one engine. `vocabulary` bounds token ids, None where it is not known. Without a
+    `recorder` there are no experiments."""
 
     engine: ServedEngine
     steering: Steering
@@ -43,6 +46,7 @@ class OpenAIRoutes:
     limits: Limits
     fingerprint: str
     vocabulary: int | None = None
+    recorder: Recorder | None = None
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -59,7 +63,9 @@ class OpenAIRoutes:
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         form = ChatFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
         sequences = self._sequences(answer_id, body, prompts, steering, "messages")
-        answering = Answering(self.engine, self.metrics, context, sequences, form, prompt_field="messages")
+        asked = next((str(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
+        recording = self._record(context, answer_id, steering, [asked] * body.n)
+        answering = Answering(self.engine, self.metrics, context, sequences, form, "messages", recording)
         return await _respond(request, body, answering)
 
     async def complete(self, request: Request) -> Response:
@@ -70,7 +76,9 @@ class OpenAIRoutes:
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         form = CompletionFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
         sequences = self._sequences(answer_id, body, prompts, steering, "prompt")
-        answering = Answering(self.engine, self.metrics, context, sequences, form, prompt_field="prompt")
+        texts = [prompt if isinstance(prompt, str) else "" for prompt in body.prompts() for _ in range(body.n)]
+        recording = self._record(context, answer_id, steering, texts)
+        answering = Answering(self.engine, self.metrics, context, sequences, form, "prompt", recording)
         return await _respond(request, body, answering)
 
     def _begin(self, request: Request) -> RequestContext:
@@ -83,10 +91,21 @@ class OpenAIRoutes:
         """Resolves the mix and records it. Raises what `Steering` raises."""
         preset = self.steering.preset_of_model(body.model)
         with self.metrics.counting_refusals():
-            resolved = self.steering.resolve(body.steering, model_preset=preset, admin=request.state.admin)
+            subject = Subject(body.user, body.metadata, request.headers)
+            resolved = self.steering.resolve(body.steering, model_preset=preset, admin=request.state.admin,
+                                             subject=subject)  # fmt: skip
         request.state.context.steering = resolved
         self.metrics.steered(resolved)
         return resolved
+
+    def _record(
+        self, context: RequestContext, answer_id: str, steering: ResolvedSteering, prompts: Sequence[str]
+    ) -> Recording | None:
+        """Logs the exposure; None for a request that takes no part in an experiment."""
+        if self.recorder is None or steering.assignment is None:
+            return None
+        self.recorder.exposed(steering.assignment)
+        return Recording(self.recorder, steering.assignment, answer_id, context, prompts)
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return [self.engine.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]

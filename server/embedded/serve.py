@@ -1,6 +1,7 @@
 """Runs the embedded server until a signal ends it.
 
-    reserve the port  ->  load package and model  ->  serve  ->  on SIGTERM or SIGINT drain  ->  stop the engine
+    reserve the port  ->  open the database  ->  load package and model  ->  serve  ->  on SIGTERM or SIGINT drain
+    ->  stop the engine  ->  write what was observed
 
 Draining: `/ready` turns 503 and new generations are refused with 503 and Retry-After, while the socket stays open, so
 that a router sees it. Requests in progress have `shutdown_timeout` seconds; what is left then ends with an error event.
@@ -47,11 +48,16 @@ def serve(config: ServeConfig) -> None:
         from server.context import Traffic
         from server.embedded.app import create_app
         from server.embedded.load import load_package
+        from server.state import State
+        from server.store.schema import open_database
 
+        database = open_database(url) if (url := config.database_url()) else None
         loaded = load_package(config.package, engine_options(config))
+        state = State(database, loaded.package.manifest.name) if database else None
         try:
             traffic = Traffic()
-            app = create_app(loaded.package, loaded.engine, config, traffic=traffic, vocabulary=loaded.vocabulary)
+            app = create_app(loaded.package, loaded.engine, config, traffic=traffic, vocabulary=loaded.vocabulary,
+                             state=state)  # fmt: skip
             manifest = loaded.package.manifest
             name = config.served_model_name or manifest.name
             if not config.api_keys and not _is_loopback(listener):
@@ -61,6 +67,8 @@ def serve(config: ServeConfig) -> None:
             server.run(sockets=[listener])
         finally:
             loaded.engine.close()
+            if state is not None:
+                state.close()
 
 
 def engine_options(config: ServeConfig) -> EngineOptions:

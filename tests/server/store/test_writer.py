@@ -1,0 +1,140 @@
+"""Group commit: order, acknowledgement, outages, a full queue, a poisonous record, the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from server.errors import StoreOverloadedError, StoreUnavailableError
+from server.store import writer as writer_module
+from server.store.writer import Writer
+
+
+class Disk:
+    """Collects groups; `away` makes it fail, `gate` makes it wait."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[object]] = []
+        self.away = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def commit(self, records: Sequence[object]) -> list[object]:
+        self.entered.set()
+        assert self.gate.wait(5)
+        if self.away:
+            raise StoreUnavailableError("away")
+        if "poison" in records:
+            raise ValueError("poison")
+        self.groups.append(list(records))
+        return [f"{record}!" for record in records]
+
+    @property
+    def stored(self) -> list[object]:
+        return [record for group in self.groups for record in group]
+
+
+@pytest.fixture
+def disk() -> Disk:
+    return Disk()
+
+
+def test_records_that_come_during_a_commit_share_the_next(disk: Disk) -> None:
+    writer = Writer(disk.commit)
+    disk.gate.clear()
+    first = writer.submit("a")
+    assert disk.entered.wait(5)
+    others = [writer.submit(n) for n in range(50)]
+    disk.gate.set()
+    assert first.result(5) == "a!"
+    assert [future.result(5) for future in others] == [f"{n}!" for n in range(50)]
+    assert disk.groups == [["a"], list(range(50))]
+    assert writer.close() == 0
+
+
+def test_a_group_is_bounded(disk: Disk) -> None:
+    writer = Writer(disk.commit, group=10)
+    disk.gate.clear()
+    futures = [writer.submit(n) for n in range(35)]
+    disk.gate.set()
+    assert futures[-1].result(5) == "34!"
+    writer.close()
+    assert disk.stored == list(range(35))
+    assert max(len(group) for group in disk.groups) == 10
+
+
+def test_an_outage_fails_what_is_acknowledged_and_keeps_the_rest(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", 0.01)
+    writer = Writer(disk.commit)
+    disk.away = True
+    assert writer.offer("kept 1")
+    refused = writer.submit("refused")
+    assert writer.offer("kept 2")
+    with pytest.raises(StoreUnavailableError):
+        refused.result(5)
+    disk.away = False
+    assert writer.submit("later").result(5) == "later!"
+    writer.close()
+    assert disk.stored == ["kept 1", "kept 2", "later"]
+
+
+def test_a_full_queue_drops_and_says_so(disk: Disk) -> None:
+    writer = Writer(disk.commit, capacity=3)
+    disk.gate.clear()
+    writer.offer("taken")
+    assert disk.entered.wait(5)
+    assert [writer.offer(n) for n in range(4)] == [True, True, True, False]
+    with pytest.raises(StoreOverloadedError):
+        writer.submit("x")
+    assert writer.waiting == 3
+    disk.gate.set()
+    writer.close()
+    assert disk.stored == ["taken", 0, 1, 2]
+
+
+def test_a_record_that_cannot_be_stored_takes_no_other_along(disk: Disk) -> None:
+    writer = Writer(disk.commit)
+    disk.gate.clear()
+    writer.offer("taken")
+    assert disk.entered.wait(5)
+    good, bad, other = writer.submit("good"), writer.submit("poison"), writer.submit("other")
+    disk.gate.set()
+    assert (good.result(5), other.result(5)) == ("good!", "other!")
+    with pytest.raises(ValueError, match="poison"):
+        bad.result(5)
+    writer.close()
+
+
+def test_closing_writes_what_waits_and_refuses_more(disk: Disk) -> None:
+    writer = Writer(disk.commit)
+    disk.gate.clear()
+    for n in range(5):
+        writer.offer(n)
+    threading.Timer(0.05, disk.gate.set).start()
+    assert writer.close() == 0
+    assert disk.stored == list(range(5))
+    assert writer.offer("late") is False
+
+
+def test_closing_during_an_outage_ends_and_counts_what_is_left(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", 60.0)
+    disk.away = True
+    writer = Writer(disk.commit)
+    writer.offer("lost")
+    assert disk.entered.wait(5)
+    assert writer.close(5) == 1
+
+
+def test_a_caller_that_gave_up_disturbs_nobody(disk: Disk) -> None:
+    writer = Writer(disk.commit)
+    disk.gate.clear()
+    writer.offer("taken")
+    assert disk.entered.wait(5)
+    gone, there = writer.submit("gone"), writer.submit("there")
+    gone.cancel()
+    disk.gate.set()
+    assert there.result(5) == "there!"
+    writer.close()
