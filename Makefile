@@ -8,7 +8,7 @@ DEMO   ?= demo
 PORT   ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint clean
+.PHONY: help install demo serve test browser lint clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,10 @@ serve: install  ## Serve the demo package on PORT (default 8000) until interrupt
 
 test: install lint  ## Run every test that a change must pass
 	$(BIN)/python -m pytest
+
+browser: install  ## Read the report in a real headless browser (needs Chromium on the PATH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(BIN)/python -m pytest tests/browser -o norecursedirs=__pycache__
 
 lint: install  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

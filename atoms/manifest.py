@@ -48,6 +48,11 @@ class Coherence(_Frozen):
     raw_z: float
     whitened: float
     whitened_z: float
+    raw_null: tuple[float, float] | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,  # older packages have no such field, and their hashes must hold
+        description="mean and standard deviation of raw over the random sets; null: not recorded",
+    )
 
 
 class Orientation(_Frozen):
@@ -96,7 +101,7 @@ class AtomCard(_Frozen):
 
 
 class Manifest(_Frozen):
-    """`manifest.json`. `files` maps every other file of the package to its sha256."""
+    """`manifest.json`. `files` maps every other file of the package to its sha256, but for report.html (see Package)."""
 
     format_version: Literal[1] = FORMAT_VERSION
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")

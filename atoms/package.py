@@ -7,6 +7,9 @@ PKG/drift.safetensors      M (J, J) float32, kl_coefficients (P,), kl_curves (J,
 PKG/projection.safetensors eigenbasis, kept components, λ, ε, mean row, dictionary (atoms/projection.py)
 PKG/evidence.jsonl         optional: the documents behind each atom
 PKG/report.html            the same for people
+
+The report is outside the hashes: it shows what may change (aliases) or is never equal (timings), and is made again from the
+rest whenever that changes (`offline.report.write_report`). No program reads it.
 """
 
 from __future__ import annotations
@@ -257,7 +260,7 @@ def write_package(path: Path, contents: PackageContents, *, replace: bool = Fals
         write_tensors(directory / PROJECTION, contents.projection)
         for name, text in contents.texts.items():
             write_bytes(directory / name, text.encode())
-        files = {name: sha256_file(directory / name) for name in _list_files(directory)}
+        files = {name: sha256_file(directory / name) for name in _list_files(directory) if name != REPORT}
         manifest = contents.manifest.model_copy(update={"files": files}).sealed()
         write_json(directory / MANIFEST, manifest.model_dump(mode="json"))
     return Package(path, manifest)
@@ -288,14 +291,15 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _verify_files(path: Path, manifest: Manifest) -> None:
-    present = set(_list_files(path)) - {MANIFEST}
-    if missing := manifest.files.keys() - present:
+    present = set(_list_files(path)) - {MANIFEST, REPORT}
+    listed = {name: digest for name, digest in manifest.files.items() if name != REPORT}
+    if missing := listed.keys() - present:
         raise PackageCorruptError(
             f"{path} lacks {sorted(missing)[0]} (and {len(missing) - 1} more files); copy it again"
         )
-    if extra := present - manifest.files.keys():
+    if extra := present - listed.keys():
         raise PackageCorruptError(f"{path} has {sorted(extra)[0]}, which its manifest does not list; remove it")
-    for name, expected in manifest.files.items():
+    for name, expected in listed.items():
         if sha256_file(path / name) != expected:
             raise PackageCorruptError(
                 f"{path / name} was truncated or edited: its sha256 is not the manifest's; copy it again"

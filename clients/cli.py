@@ -161,6 +161,21 @@ def inspect(
 
 
 @app.command()
+def report(
+    package: PackageArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write; default: report.html in the package.")
+    ] = None,
+    no_documents: Annotated[bool, typer.Option("--no-documents", help="Leave training text out of the page.")] = False,
+) -> None:
+    """Make a package's report.html again: one page with a map, a card an atom, and the run record."""
+    from atoms.package import Package
+    from offline.report import write_report
+
+    print(write_report(Package.read(package), out, documents=not no_documents))
+
+
+@app.command()
 def label(
     package: PackageArgument,
     atom: Annotated[str | None, typer.Argument(help="Id or alias of the atom.")] = None,
@@ -184,6 +199,7 @@ def label(
     """Name an atom, or name all atoms by their measured effect."""
     from atoms.package import Package
     from clients.labels import label_from_detectors
+    from offline.report import write_report
 
     opened = Package.read(package)
     if from_detectors:
@@ -197,7 +213,7 @@ def label(
         return
     if atom is None or (alias is None) != remove:
         raise typer.BadParameter("give ID and ALIAS, ID and --remove, or --from-detectors")
-    opened.relabel(atom, alias)
+    write_report(opened.relabel(atom, alias))
     print(f"{opened.card(atom).id} is now {alias or 'without an alias'}")
 
 

@@ -12,6 +12,7 @@ from offline.evaluation.answers import Answerer
 from offline.evaluation.cards import measure_cards, name_by_effect
 from offline.evaluation.prompts import demo_data, read_prompts
 from offline.progress import Progress
+from offline.report import write_report
 from server.embedded.load import EngineOptions, load_package
 
 
@@ -39,7 +40,9 @@ def label_from_detectors(
             cards = measure_cards(package, answerer, prompts, coefficients, bar.advance)
     finally:
         engine.close()
-    return package.update(name_by_effect(cards))
+    named = package.update(name_by_effect(cards))
+    write_report(named)
+    return named
 
 
 def development_prompts(path: Path, per_behaviour: int) -> list[str]:

@@ -21,7 +21,7 @@ from offline.dictionary import Dictionary
 from offline.progress import StageCost
 from offline.record import run_record
 from offline.report import render_report
-from offline.select import Candidate
+from offline.select import Candidate, Sparsity
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Discovery:
     projection: Projection
     dictionary: Dictionary
     mean_row: Tensor
+    sparsity: Sparsity
     atoms: Sequence[DiscoveredAtom]
     drift: Tensor
     corpus: Corpus
@@ -59,7 +60,8 @@ def package_contents(discovery: Discovery) -> PackageContents:
     cards = [_card(atom, content_hash) for atom, content_hash in zip(discovery.atoms, hashes, strict=True)]
     manifest = _manifest(discovery, cards)
     evidence = _evidence(discovery, cards) if discovery.config.include_documents else None
-    texts = {REPORT: render_report(manifest, evidence or [])}
+    projection = _projection_tensors(discovery)
+    texts = {REPORT: render_report(manifest, evidence or [], projection, discovery.drift)}
     if evidence is not None:
         texts[EVIDENCE] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in evidence)
     return PackageContents(
@@ -67,12 +69,7 @@ def package_contents(discovery: Discovery) -> PackageContents:
         base=discovery.adapter,
         directions={card.id: atom.calibrated.direction for card, atom in zip(cards, discovery.atoms, strict=True)},
         drift=_drift_tensors(discovery),
-        projection={
-            **discovery.projection.to_tensors(),
-            "mean_row": discovery.mean_row,
-            "dictionary": discovery.dictionary.atoms,
-            "dictionary_index": torch.tensor([atom.candidate.atom for atom in discovery.atoms]),
-        },
+        projection=projection,
         texts=texts,
     )
 
@@ -113,6 +110,17 @@ def _card(atom: DiscoveredAtom, content_hash: str) -> AtomCard:
         tested_range=(min(coefficients), max(coefficients)),
         kl_curve=list(atom.calibrated.curve.items()),
     )
+
+
+def _projection_tensors(discovery: Discovery) -> dict[str, Tensor]:
+    return {
+        **discovery.projection.to_tensors(),
+        "mean_row": discovery.mean_row,
+        "dictionary": discovery.dictionary.atoms,
+        "dictionary_index": torch.tensor([atom.candidate.atom for atom in discovery.atoms]),
+        "documents_per_atom": discovery.sparsity.documents_per_atom,
+        "codes_per_document": discovery.sparsity.codes_per_document,
+    }
 
 
 def _drift_tensors(discovery: Discovery) -> dict[str, Tensor]:

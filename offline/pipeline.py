@@ -48,7 +48,7 @@ from offline.finetune import finetune
 from offline.models import frozen_lora
 from offline.progress import Progress
 from offline.rows import RowStore, write_rows
-from offline.select import Candidate, candidates, keywords, select, stability
+from offline.select import Candidate, Sparsity, candidates, keywords, select, stability
 from offline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -64,15 +64,16 @@ def discover(config: DiscoverConfig, progress: Progress) -> Package:
     dictionary = run.dictionary(store)
     chosen = run.select(store, dictionary)
     atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen)
-    return run.package(adapter, projection, store, dictionary, atoms, drift)
+    return run.package(adapter, projection, store, dictionary, chosen.sparsity, atoms, drift)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen candidates, and every dictionary atom's stability across seeds, (K,)."""
+    """The chosen candidates, every dictionary atom's stability across seeds, (K,), and how sparse the codes are."""
 
     chosen: list[Candidate]
     stabilities: Tensor
+    sparsity: Sparsity
 
 
 class Run:
@@ -199,7 +200,7 @@ class Run:
                 f"no atom of {len(dictionary.atoms)} passed the selection; give more documents (there are "
                 f"{len(self.corpus.documents)}), or lower --min-documents or --alpha"
             )
-        return Selection(chosen, stabilities)
+        return Selection(chosen, stabilities, Sparsity.of(codes))
 
     def calibrate(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
@@ -251,12 +252,12 @@ class Run:
 
     def package(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
-        atoms: Sequence[DiscoveredAtom], drift: Tensor,
+        sparsity: Sparsity, atoms: Sequence[DiscoveredAtom], drift: Tensor,
     ) -> Package:  # fmt: skip
         """Writes the package and returns it, read back."""
         discovery = Discovery(
-            self.config, self.base_ref, adapter, projection, dictionaries[0], store.mean, list(atoms), drift, self.corpus,
-            self.facts(), self.progress.costs,
+            self.config, self.base_ref, adapter, projection, dictionaries[0], store.mean, sparsity, list(atoms), drift,
+            self.corpus, self.facts(), self.progress.costs,
         )  # fmt: skip
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)
         return Package.read(self.config.out)

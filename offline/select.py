@@ -39,6 +39,20 @@ class Candidate:
     coherence: Coherence
 
 
+@dataclass(frozen=True)
+class Sparsity:
+    """How many documents use each atom, (K,) int32, and how many documents use 0, 1, 2 … atoms, int32."""
+
+    documents_per_atom: Tensor
+    codes_per_document: Tensor
+
+    @classmethod
+    def of(cls, codes: Tensor) -> Sparsity:
+        """Counts the non-zero codes (n, K)."""
+        used = codes != 0
+        return cls(used.sum(0).int(), torch.bincount(used.sum(1)).int())
+
+
 def candidates(
     store: RowStore, documents: Tensor, codes: Tensor, lengths: Sequence[int], config: SelectConfig, seed: int
 ) -> list[Candidate]:
@@ -52,10 +66,10 @@ def candidates(
             continue
         top = torch.argsort(weights, descending=True, stable=True)[: min(config.top_documents, support)]
         members, signs = documents[top].tolist(), codes[top, atom].sign()
-        raw, raw_z = _coherence_z(store.sketches, members, signs, null)
-        whitened, whitened_z = _coherence_z(store.rows, members, signs, null)
-        found.append(Candidate(atom, support, tuple(members), tuple(codes[top, atom].tolist()),
-                               Coherence(raw=raw, raw_z=raw_z, whitened=whitened, whitened_z=whitened_z)))  # fmt: skip
+        raw, raw_z, raw_null = _coherence_z(store.sketches, members, signs, null)
+        whitened, whitened_z, _ = _coherence_z(store.rows, members, signs, null)
+        measured = Coherence(raw=raw, raw_z=raw_z, whitened=whitened, whitened_z=whitened_z, raw_null=raw_null)
+        found.append(Candidate(atom, support, tuple(members), tuple(codes[top, atom].tolist()), measured))
     return found
 
 
@@ -144,12 +158,16 @@ class LengthMatchedSets:
 
 def _coherence_z(
     load: Callable[[Sequence[int]], Tensor], members: Sequence[int], signs: Tensor, null: LengthMatchedSets
-) -> tuple[float, float]:
-    """(coherence, z against length-matched random sets). `load` gives unit vectors (n, S) of documents."""
+) -> tuple[float, float, tuple[float, float]]:
+    """(coherence, z against length-matched random sets, their mean and standard deviation).
+
+    `load` gives unit vectors (n, S) of documents.
+    """
     value = coherence(load(members), signs)
     sets = null.draw(members, _NULL_SETS)
     pool = sorted({document for one in sets for document in one})
     vectors, place = load(pool), {document: i for i, document in enumerate(pool)}
     ones = torch.ones(len(members))
     values = torch.tensor([coherence(vectors[[place[d] for d in one]], ones[: len(one)]) for one in sets])
-    return value, float((value - values.mean()) / values.std().clamp_min(1e-9))
+    mean, deviation = float(values.mean()), float(values.std())
+    return value, (value - mean) / max(deviation, 1e-9), (mean, deviation)

@@ -90,7 +90,6 @@ ATOM_FILE = "atoms/{atom}/adapter_model.safetensors"
         "drift.safetensors",
         "projection.safetensors",
         "evidence.jsonl",
-        "report.html",
     ],
 )
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing"])
@@ -109,6 +108,18 @@ def test_a_damaged_file_is_refused_by_name(package: Package, name: str, damage: 
         Package.read(package.path)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_the_report_is_no_part_of_the_content(package: Package, damage: str) -> None:
+    """It is made again when labels change, so a package must read whatever state its report is in."""
+    file = package.path / "report.html"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert Package.read(package.path).manifest == package.manifest
+    assert "report.html" not in package.manifest.files
+
+
 def test_an_extra_file_is_refused_by_name(package: Package) -> None:
     (package.path / "atoms" / "notes.txt").write_text("mine")
     with pytest.raises(PackageCorruptError, match="atoms/notes.txt"):
@@ -122,7 +133,7 @@ def test_an_extra_file_is_refused_by_name(package: Package) -> None:
         lambda data: data["conventions"].update(composition="parameter"),
         lambda data: data.update(adapter_hash="0" * 64),
         lambda data: data["record"].update(documents=10**6),
-        lambda data: data["files"].pop("report.html"),
+        lambda data: data["files"].pop("evidence.jsonl"),
     ],
     ids=["range", "composition", "adapter hash", "record", "files"],
 )

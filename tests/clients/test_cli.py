@@ -40,7 +40,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 Cli = Callable[..., tuple[int, str, str]]
-COMMANDS = ("discover", "inspect", "label", "export", "serve", "generate", "attribute", "demo")
+COMMANDS = ("discover", "inspect", "report", "label", "export", "serve", "generate", "attribute", "demo")
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
