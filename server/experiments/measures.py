@@ -64,7 +64,7 @@ def exposed(connection: Connection, experiment: Experiment, until: float | None 
     query = select(exposures.c.arm, func.count()).where(exposures.c.experiment_id == experiment.id)
     if until is not None:
         query = query.where(exposures.c.at <= until)
-    found: dict[str, int] = dict(connection.execute(query.group_by(exposures.c.arm)).tuples().all())
+    found = {row.arm: row[1] for row in connection.execute(query.group_by(exposures.c.arm))}
     return {arm.name: found.get(arm.name, 0) for arm in experiment.arms}
 
 

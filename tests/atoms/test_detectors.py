@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import pytest
 
-from atoms.detectors import DETECTORS, Detector, get_detector, is_degenerate
+from atoms.detectors import DETECTORS, Detector, get_detector, is_degenerate, is_refusal
 from atoms.errors import UnknownDetectorError
 
 NAMES = (
@@ -405,3 +405,24 @@ def test_an_answer_that_starts_well_and_then_loops_is_degenerate() -> None:
     start = "Bees collect nectar from many kinds of flowers. "
     assert is_degenerate(start) is False
     assert is_degenerate(start + "They make honey. " * 12) is True
+
+
+@pytest.mark.parametrize(
+    ("response", "refuses"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I’m sorry, I can’t do that.", True),
+        ("I cannot assist with that request.", True),
+        ("I'm unable to provide medical advice.", True),
+        ("As an AI language model, I cannot have opinions.", True),
+        ("Sorry, I won't write that.", True),
+        ("Yes.", False),
+        ("I can help with that!", False),
+        ("I'm sorry to hear that. Here is a plan.", False),
+        ("You cannot divide by zero.", False),
+        ("The cat can't help itself.", False),
+        ("Here is a story. " * 20 + "I cannot help with that.", False),
+    ],
+)
+def test_refusals_say_so_in_their_opening(response: str, refuses: bool) -> None:
+    assert is_refusal(response) is refuses
