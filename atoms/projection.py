@@ -3,7 +3,7 @@
 Symbols, for one LoRA matrix with gradient G (o, i) = δᵀx
     Q_S, Q_A   eigenvectors of the output-gradient and activation covariances (the EKFAC eigenbasis)
     λ_oi       Fisher per token in that basis, from sampled labels
-    ε          damping × mean λ of the matrix
+    ε          damping × mean λ of the matrix (or damping itself)
     kept       the k components (o, i) of largest λ
 and over all matrices
     x = (Λ+ε)^{-1/2} Qᵀ g           the whitened row, (D,), D = Σ k
@@ -38,14 +38,19 @@ class MatrixBasis:
     epsilon: float
 
     @classmethod
-    def of(cls, q_out: Tensor, q_in: Tensor, eigenvalues: Tensor, components: int, damping: float) -> MatrixBasis:
-        """Keeps the `components` largest of the (o, i) grid `eigenvalues`; negatives are clamped to 0 first."""
+    def of(
+        cls, q_out: Tensor, q_in: Tensor, eigenvalues: Tensor, components: int, damping: float, *, relative: bool = True
+    ) -> MatrixBasis:
+        """Keeps the `components` largest of the (o, i) grid `eigenvalues`; negatives are clamped to 0 first.
+
+        `relative`: ε is `damping` times the grid's mean, else `damping` itself.
+        """
         grid = eigenvalues.clamp_min(0)
         k = min(components, grid.numel())
         order = torch.argsort(grid.reshape(-1), descending=True, stable=True)[:k]
         out_kept, out_index = torch.unique(order // grid.shape[1], return_inverse=True)
         in_kept, in_index = torch.unique(order % grid.shape[1], return_inverse=True)
-        epsilon = max(damping * float(grid.mean()), torch.finfo(torch.float32).tiny)
+        epsilon = max(damping * (float(grid.mean()) if relative else 1.0), torch.finfo(torch.float32).tiny)
         return cls(q_out[:, out_kept].float(), q_in[:, in_kept].float(), out_index, in_index,
                    grid.reshape(-1)[order].float(), epsilon)  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from atoms.adapter import Composition
 from atoms.errors import ConfigError
@@ -35,42 +36,56 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, slots=True)
 class CurvatureConfig:
-    """The EKFAC eigenbasis. Factors and λ are fitted on samples of the documents, with labels sampled from the model."""
+    """The EKFAC eigenbasis. Factors and λ are fitted on samples of the documents, with labels sampled from the model.
+
+    `eigenvalues`: the Fisher in the eigenbasis, or the products of the two covariances' eigenvalues (K-FAC), which need
+    no second pass. `absolute_damping`: ε is `damping` itself, not relative to the mean λ of its matrix.
+    """
 
     factor_documents: int = 96
     eigenvalue_documents: int = 192
     components: int = 50
     damping: float = 0.1
+    absolute_damping: bool = False
+    eigenvalues: Literal["fisher", "kronecker"] = "fisher"
 
     def __post_init__(self) -> None:
         _require(self.factor_documents >= 1, "factor_documents", self.factor_documents, "at least 1")
         _require(self.eigenvalue_documents >= 1, "eigenvalue_documents", self.eigenvalue_documents, "at least 1")
         _require(self.components >= 1, "components", self.components, "at least 1")
         _require(self.damping > 0, "damping", self.damping, "above 0")
+        _require(self.eigenvalues in ("fisher", "kronecker"), "eigenvalues", self.eigenvalues, "fisher or kronecker")
 
 
 @dataclass(frozen=True, slots=True)
 class DictionaryConfig:
-    """Sparse dictionary learning. `atoms` None chooses one atom per 16 documents, within 8 … 500."""
+    """Sparse dictionary learning. `atoms` None chooses one atom per 16 documents, within 8 … 500.
+
+    `centred`: the mean row is removed. `learner`: our own, or scikit-learn's MiniBatchDictionaryLearning as a baseline,
+    which holds all rows in memory.
+    """
 
     atoms: int | None = None
     alpha: float = 0.1
     nonnegative: bool = True
     iterations: int = 40
     held_out: float = 0.15
+    centred: bool = True
+    learner: Literal["blocks", "scikit-learn"] = "blocks"
 
     def __post_init__(self) -> None:
         _require(self.atoms is None or self.atoms >= 1, "atoms", self.atoms, "at least 1")
         _require(0 < self.alpha < 1, "alpha", self.alpha, "between 0 and 1 (rows have unit length)")
         _require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
         _require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
+        _require(self.learner in ("blocks", "scikit-learn"), "learner", self.learner, "blocks or scikit-learn")
 
 
 @dataclass(frozen=True, slots=True)
 class SelectConfig:
     """Which dictionary atoms go on to calibration: supported, coherent against chance, stable across seeds, distinct.
 
-    Best raw coherence first.
+    Best raw coherence first. `sign_aligned`: a document with a negative code counts with its gradient reversed.
     """
 
     keep: int = 24
@@ -79,6 +94,7 @@ class SelectConfig:
     max_cosine: float = 0.8
     min_stability: float = 0.5
     top_documents: int = 20
+    sign_aligned: bool = True
 
     def __post_init__(self) -> None:
         _require(self.keep >= 1, "keep", self.keep, "at least 1")
@@ -102,6 +118,25 @@ class CalibrateConfig:
         _require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
         _require(self.continuation_tokens >= 1, "continuation_tokens", self.continuation_tokens, "at least 1")
         _require({-1.0, 1.0} <= set(self.coefficients), "coefficients", self.coefficients, "a list with -1 and 1")
+
+
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "default": {},
+    "paper": {
+        "curvature": {"eigenvalues": "kronecker", "damping": 1e-6, "absolute_damping": True},
+        "dictionary": {"learner": "scikit-learn", "nonnegative": False, "centred": False},
+        "select": {"min_z": -1e6, "max_cosine": 1.0, "min_stability": 0.0, "sign_aligned": False},
+        "calibrate": {"exponent": 0.5},
+    },
+}
+"""Settings that differ from the defaults, by part. "paper" makes the choices of the published pipeline (arXiv 2603.14665),
+as far as they change the outcome: its sum loss does not, because rows are normalised without removing a mean."""
+
+
+def recipe_settings(name: str, part: str) -> dict[str, Any]:
+    """The settings of recipe `name` for one part of the configuration. Raises ConfigError for an unknown recipe."""
+    _require(name in RECIPES, "recipe", name, " or ".join(RECIPES))
+    return RECIPES[name].get(part, {})
 
 
 @dataclass(frozen=True, slots=True)

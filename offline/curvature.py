@@ -2,7 +2,8 @@
 
 For each matrix, over a sample of documents:
     factors      activation covariance Σ x xᵀ over all real tokens, output-gradient covariance Σ δ δᵀ; eigenvectors Q_A, Q_S
-    eigenvalues  λ_oi = Σ_i (q_oᵀ G_i q_i)² / Σ_i T_i,  G_i the *summed* sampled-label gradient of document i
+    eigenvalues  λ_oi = Σ_i (q_oᵀ G_i q_i)² / Σ_i T_i,  G_i the *summed* sampled-label gradient of document i;
+                 or, without a second pass, the products of the factors' own eigenvalues (K-FAC; Martens & Grosse 2015)
 
 For independent sampled labels E[s sᵀ] of a sum over T tokens is T times the Fisher per token, hence the division by the
 token count. Labels of a document depend on the seed and its row alone, so both passes see the same ones.
@@ -10,8 +11,8 @@ token count. Labels of a document depend on the seed and its row alone, so both 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+class Eigenfactors(NamedTuple):
+    """One matrix's eigenvectors Q_S (o, o), Q_A (i, i) and eigenvalues (o,), (i,) of its covariances a token, float32."""
+
+    q_out: Tensor
+    q_in: Tensor
+    out_values: Tensor
+    in_values: Tensor
+
+
 def fit_factors(
     model: PeftModel,
     space: LoRASpace,
@@ -34,20 +44,27 @@ def fit_factors(
     batch_tokens: int,
     seed: int,
     progress: Progress,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Eigenvectors (Q_S (o, o), Q_A (i, i)) float32 of every matrix's covariances; eigh in float64."""
+) -> dict[str, Eigenfactors]:
+    """The eigendecomposition of every matrix's covariances, in float64."""
     sink = CovarianceSink(space)
     sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "factors", before=sink.start)
-    return {
-        tensor.key: (_eigenvectors(sink.out[tensor.key]), _eigenvectors(sink.inp[tensor.key]))
-        for tensor in space.tensors
-    }
+    factors = {}
+    for tensor in space.tensors:
+        out_values, q_out = _eigh(sink.out[tensor.key] / sink.tokens)
+        in_values, q_in = _eigh(sink.inp[tensor.key] / sink.tokens)
+        factors[tensor.key] = Eigenfactors(q_out, q_in, out_values, in_values)
+    return factors
+
+
+def kronecker_eigenvalues(factors: Mapping[str, Eigenfactors]) -> dict[str, Tensor]:
+    """λ_oi = λ_o λ_i (o, i) float64 of every matrix: exact only if activations and output gradients were independent."""
+    return {key: torch.outer(f.out_values.double(), f.in_values.double()) for key, f in factors.items()}
 
 
 def fit_eigenvalues(
     model: PeftModel,
     space: LoRASpace,
-    factors: dict[str, tuple[Tensor, Tensor]],
+    factors: Mapping[str, Eigenfactors],
     documents: Sequence[EncodedDocument],
     batch_tokens: int,
     seed: int,
@@ -61,12 +78,13 @@ def fit_eigenvalues(
 
 
 def fit_projection(
-    space: LoRASpace, factors: dict[str, tuple[Tensor, Tensor]], eigenvalues: dict[str, Tensor], config: CurvatureConfig
+    space: LoRASpace, factors: Mapping[str, Eigenfactors], eigenvalues: Mapping[str, Tensor], config: CurvatureConfig
 ) -> Projection:
     """Keeps the `components` largest eigenvalues of every matrix."""
     return Projection(space, {
-        key: MatrixBasis.of(q_out, q_in, eigenvalues[key], config.components, config.damping)
-        for key, (q_out, q_in) in factors.items()
+        key: MatrixBasis.of(f.q_out, f.q_in, eigenvalues[key], config.components, config.damping,
+                            relative=not config.absolute_damping)
+        for key, f in factors.items()
     })  # fmt: skip
 
 
@@ -102,10 +120,12 @@ class CovarianceSink:
         self.out = {t.key: torch.zeros(t.shape[0], t.shape[0], dtype=torch.float64) for t in space.tensors}
         self.inp = {t.key: torch.zeros(t.shape[1], t.shape[1], dtype=torch.float64) for t in space.tensors}
         self._mask: Tensor | None = None
+        self.tokens = 0
 
     def start(self, batch: Batch) -> None:
         """Tells the sink which positions of the next backward pass are real tokens."""
         self._mask = batch.attention_mask.bool()
+        self.tokens += int(self._mask.sum())
 
     def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
         tokens, gradients = x[self._mask], delta[self._mask]  # (tokens, i), (tokens, o)
@@ -116,23 +136,22 @@ class CovarianceSink:
 class EigenvalueSink:
     """Sums (q_oᵀ G_i q_i)² over documents, (o, i) float64 a matrix."""
 
-    def __init__(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, factors: Mapping[str, Eigenfactors]) -> None:
         self.factors = factors
         self.squares = {
-            key: torch.zeros(q_out.shape[0], q_in.shape[0], dtype=torch.float64)
-            for key, (q_out, q_in) in factors.items()
+            key: torch.zeros(len(f.out_values), len(f.in_values), dtype=torch.float64) for key, f in factors.items()
         }
 
     def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
-        q_out, q_in = (q.to(x.device) for q in self.factors[key])
+        q_out, q_in = self.factors[key].q_out.to(x.device), self.factors[key].q_in.to(x.device)
         gradients = torch.einsum("bto,bti->boi", delta, x)
         rotated = torch.einsum("op,boi->bpi", q_out, gradients) @ q_in  # (b, o, i) in the eigenbasis
         self.squares[key] += rotated.square().sum(0).double().cpu()
 
 
-def _eigenvectors(covariance: Tensor) -> Tensor:
-    """Orthonormal columns, largest eigenvalue first, each with its largest entry positive (so that reruns agree)."""
-    _, vectors = torch.linalg.eigh(covariance)
-    vectors = vectors.flip(1)
+def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, largest first, and orthonormal columns, each with its largest entry positive (so that reruns agree)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0), vectors.flip(1)
     pivots = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return (vectors * pivots.sign()).float()
+    return values.clamp_min(0).float(), (vectors * pivots.sign()).float()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atoms.errors import ConfigError
 from atoms.projection import duality_gap, objective, sparse_codes
 from offline.config import DictionaryConfig
 from offline.progress import Progress
@@ -57,6 +58,8 @@ def learn_dictionary(
     name: str = "dictionary",
 ) -> Dictionary:
     """Learns from the rows of `documents`; deterministic for a seed. Stops early when the objective settles."""
+    if config.learner == "scikit-learn":
+        return learn_with_scikit(store, documents, config, seed, progress, name)
     count = min(config.atoms or default_atoms(len(documents)), len(documents))
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randperm(len(documents), generator=generator)[:count]
@@ -76,6 +79,30 @@ def learn_dictionary(
             if reviving:
                 atoms = _revive(atoms, statistics, store)
     return Dictionary(atoms, tuple(objectives), statistics.gap / statistics.count)
+
+
+def learn_with_scikit(
+    store: RowStore, documents: Sequence[int], config: DictionaryConfig, seed: int, progress: Progress, name: str
+) -> Dictionary:
+    """The published pipeline's learner at the same objective, as a baseline. Its atoms have length ≤ 1; they are made
+    unit. Raises ConfigError if scikit-learn is not installed."""
+    try:
+        from sklearn.decomposition import MiniBatchDictionaryLearning
+    except ImportError:
+        raise ConfigError("the learner scikit-learn needs its package; run `pip install scikit-learn`") from None
+    rows = store.rows(documents)
+    learner = MiniBatchDictionaryLearning(
+        min(config.atoms or default_atoms(len(documents)), len(documents)), alpha=config.alpha, random_state=seed,
+        fit_algorithm="cd" if config.nonnegative else "lars", positive_code=config.nonnegative,
+    )  # fmt: skip
+    with progress.task(name, 1, "fits") as bar:
+        learner.fit(rows.double().numpy())
+        atoms = _unit(torch.from_numpy(learner.components_).float())
+        codes = sparse_codes(rows, atoms, config.alpha, nonnegative=config.nonnegative)
+        value = float(objective(rows, codes, atoms, config.alpha).double().mean())
+        gap = duality_gap(rows, codes, atoms, config.alpha, nonnegative=config.nonnegative)
+        bar.advance(1, f"objective {value:.4f}")
+    return Dictionary(atoms, (value,), float(gap.double().mean()))
 
 
 def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> tuple[Tensor, Tensor]:

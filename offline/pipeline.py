@@ -41,7 +41,7 @@ from offline.calibrate import (
 )
 from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
-from offline.curvature import fit_eigenvalues, fit_factors, fit_projection
+from offline.curvature import Eigenfactors, fit_eigenvalues, fit_factors, fit_projection, kronecker_eigenvalues
 from offline.dictionary import Dictionary, encode, learn_dictionary
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
@@ -143,12 +143,20 @@ class Run:
             model, label_seed = self._peft(adapter), config.seed + 1
             if not factors_file.exists():
                 factors = fit_factors(model, space, with_factors, config.batch_tokens, label_seed, self.progress)
-                write_tensors(factors_file, {f"{k}.{n}": q for k, pair in factors.items() for n, q in enumerate(pair)})
+                write_tensors(
+                    factors_file, {f"{k}.{name}": v for k, f in factors.items() for name, v in f._asdict().items()}
+                )
             stored = load_file(factors_file)
-            factors = {t.key: (stored[f"{t.key}.0"], stored[f"{t.key}.1"]) for t in space.tensors}
-            eigenvalues = fit_eigenvalues(
-                model, space, factors, with_eigenvalues, config.batch_tokens, label_seed, self.progress
-            )
+            factors = {
+                t.key: Eigenfactors(*(stored[f"{t.key}.{name}"] for name in Eigenfactors._fields))
+                for t in space.tensors
+            }
+            if config.curvature.eigenvalues == "kronecker":
+                eigenvalues = kronecker_eigenvalues(factors)
+            else:
+                eigenvalues = fit_eigenvalues(
+                    model, space, factors, with_eigenvalues, config.batch_tokens, label_seed, self.progress
+                )
             write_tensors(file, fit_projection(space, factors, eigenvalues, config.curvature).to_tensors())
             factors_file.unlink()
         return Projection.from_tensors(space, load_file(file))
@@ -156,7 +164,7 @@ class Run:
     def rows(self, projection: Projection) -> RowStore:
         """One whitened row and one sketch a document; one forward and backward pass over the corpus."""
         folder = self.workspace.open("rows")
-        store = RowStore(folder)
+        store = RowStore(folder, self.config.dictionary.centred)
         if not (folder / "complete.json").exists():
             model = self._peft(read_adapter(self.adapter_dir))
             write_rows(model, projection, self.encoded.documents, self.config.batch_tokens, folder, self.progress)
@@ -212,7 +220,7 @@ class Run:
             "calibration", **dataclasses.asdict(config.calibrate), select=dataclasses.asdict(config.select)
         )
         if not (folder / "drift.safetensors").exists():
-            meter = self._meter(adapter, folder)
+            meter = self.meter(adapter, folder)
             self._calibrate_pending(meter, folder, projection, store, dictionaries[0].atoms, selection.chosen)
             self._measure_drift(meter, folder, selection.chosen)
             meter.steered.close()
@@ -294,7 +302,8 @@ class Run:
         merge_adapter(model, adapter)
         return model
 
-    def _meter(self, adapter: Adapter, folder: Path) -> DriftMeter:
+    def meter(self, adapter: Adapter, folder: Path) -> DriftMeter:
+        """What drift is measured with: the merged model and its own continuations, kept in `folder`."""
         config = self.config.calibrate
         model = self._merged(adapter)
         prompts = read_neutral_prompts()[: config.prompts]

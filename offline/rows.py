@@ -119,9 +119,13 @@ class Sketcher:
 
 @dataclass(frozen=True)
 class RowStore:
-    """Reads the shards of a directory. Documents are addressed by their row number in the corpus."""
+    """Reads the shards of a directory. Documents are addressed by their row number in the corpus.
+
+    With `centred` off, μ is zero: rows are only normalised.
+    """
 
     directory: Path
+    centred: bool = True
 
     @cached_property
     def shards(self) -> list[Path]:
@@ -143,7 +147,7 @@ class RowStore:
     def mean(self) -> Tensor:
         """μ (D,): the mean whitened row, the fine-tune's common direction; summed in float64."""
         total = torch.stack([_load(path, "row").double().sum(0) for path in self.shards]).sum(0)
-        return (total / len(self)).float()
+        return (total / len(self)).float() if self.centred else torch.zeros_like(total, dtype=torch.float32)
 
     def column(self, name: str) -> Tensor:
         """A per-document value (``norm`` or ``loss``), (N,) in corpus order."""
