@@ -6,7 +6,8 @@ Knows transformers. Used by discovery and by the embedded server, so that both r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,21 +67,35 @@ def load_model(
 
     Raises ModelError if it cannot be loaded, is quantised, or is no causal LM.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    try:
+    with _loading_errors(path):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = load_tokenizer(path, revision)
+    if getattr(model.config, "quantization_config", None) or getattr(model, "is_quantized", False):
+        raise ModelError(f"{path!r} is quantised; load the full-precision weights, whose gradients are exact")
+    model.to(device)  # type: ignore[arg-type]  # transformers' stub loses the device overload
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone. Raises ModelError if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    with _loading_errors(path):
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+
+
+@contextmanager
+def _loading_errors(path: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load a causal language model from {path!r}: {cause}; give a directory or hub id that "
             "transformers' AutoModelForCausalLM loads"
         ) from error
-    if getattr(model.config, "quantization_config", None) or getattr(model, "is_quantized", False):
-        raise ModelError(f"{path!r} is quantised; load the full-precision weights, whose gradients are exact")
-    model.to(device)  # type: ignore[arg-type]  # transformers' stub loses the device overload
-    return model.eval().requires_grad_(False), tokenizer
 
 
 def config_hash(model: PreTrainedModel) -> str:

@@ -109,6 +109,9 @@ def discover(
     coefficients: Annotated[
         str, typer.Option(help="Where the KL curve is measured; needs -1 and 1.")
     ] = "-3,-2,-1,1,2,3",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a run would read, make and cost; probe it, write nothing.")
+    ] = False,
     force: ForceOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -138,6 +141,11 @@ def discover(
                                   continuation_tokens=continuation_tokens, coefficients=_numbers(coefficients)),
     )  # fmt: skip
     _quiet_libraries()
+    if dry_run:
+        from offline.plan import describe, make_plan
+
+        print(describe(make_plan(config, Progress(quiet=quiet)), config))
+        return
     package = run(config, Progress(quiet=quiet))
     print(f"{package.path}: {len(package.manifest.atoms)} atoms")
 

@@ -1,0 +1,64 @@
+"""The dry run against a real run: planned and taken seconds of every stage, and their ratio.
+
+    python bench/plan.py [--limit 64] [--model DIR] [--data FILE] [--json FILE]
+
+Plans and then runs a discovery with the demo's settings on the first `--limit` documents (default: all) of the demo corpus,
+in a temporary directory. Load the machine with nothing else meanwhile: a plan holds for the machine as the probe found it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from clients.demo import demo_config
+from offline.models import prepare_demo_model
+from offline.pipeline import discover
+from offline.plan import describe, make_plan
+from offline.progress import Progress
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    model = options.model or prepare_demo_model(Path(".cache/models"))
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(demo_config(Path(folder), model.resolve()), limit=options.limit)
+        if options.data:
+            config = replace(config, data=options.data)
+        if options.limit:  # so few documents make small atoms
+            config = replace(
+                config, select=replace(config.select, keep=4, min_documents=2, min_z=-1e6, min_stability=0.0)
+            )
+        plan = make_plan(config, Progress(quiet=True))
+        print(describe(plan, config))
+        package = discover(config, Progress())
+    taken = package.manifest.record["timings"]
+    planned = {stage.name: stage.seconds for stage in plan.stages}
+    result = {
+        "machine": plan.machine,
+        "documents": plan.documents,
+        "probe_seconds": round(plan.probe_seconds, 1),
+        "stages": {name: {"planned": round(planned[name], 2), "taken": cost["seconds"],
+                          "ratio": round(planned[name] / max(cost["seconds"], 0.01), 2)} for name, cost in taken.items()},
+        "peak_mib": {"planned": plan.memory // 2**20, "taken": max(cost["peak_mib"] for cost in taken.values())},
+    }  # fmt: skip
+    both = [sum(stage[kind] for stage in result["stages"].values()) for kind in ("planned", "taken")]
+    print(f"\n{'stage':<14}{'planned s':>11}{'taken s':>10}{'ratio':>7}")
+    for name, stage in result["stages"].items():
+        print(f"{name:<14}{stage['planned']:>11.1f}{stage['taken']:>10.1f}{stage['ratio']:>7.2f}")
+    print(f"{'in all':<14}{both[0]:>11.1f}{both[1]:>10.1f}{both[0] / both[1]:>7.2f}")
+    print(f"peak MiB: planned {result['peak_mib']['planned']}, taken {result['peak_mib']['taken']}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
