@@ -114,7 +114,7 @@ def read_corpus(path: Path, *, skip_bad_lines: bool = False, limit: int | None =
     """
     documents: list[Document] = []
     skipped = 0
-    for number, row in _rows(Path(path)):
+    for number, row in read_rows(Path(path)):
         if limit is not None and len(documents) == limit:
             break
         try:
@@ -198,8 +198,8 @@ def sample_documents(documents: Sequence[EncodedDocument], count: int, seed: int
     return random.Random(seed).sample(list(documents), count)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, row); a row that is no JSON comes as its DataError text in an exception object."""
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number from 1, row): an object of Parquet, or a line of JSON text as it stands."""
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; give JSONL (plain or .gz) or Parquet")
     if path.suffix == ".parquet":

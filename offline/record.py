@@ -23,10 +23,15 @@ def run_record(config: DiscoverConfig, facts: Mapping[str, Any], costs: Mapping[
     return {
         "config": settings,
         "seed": config.seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
+        "versions": versions(),
         **facts,
         "timings": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}}
 
 
 def jsonable(value: Any) -> Any:

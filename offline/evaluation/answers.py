@@ -113,7 +113,7 @@ class Answerer:
         found: dict[str, Answer] = {}
         missing: dict[str, tuple[str, Mix]] = {}
         for key, (prompt, mix) in zip(keys, pairs, strict=True):
-            record = self._log.get(key) if self._log else None
+            record = self._log.get(key) if self._log is not None else None
             if record is None:
                 missing[key] = (prompt, mix)
             else:
@@ -135,7 +135,7 @@ class Answerer:
             key: Answer(prompt, mix, g.text, g.token_ids, g.finish_reason)
             for (key, (prompt, mix)), g in zip(chunk, self._engine.generate(requests), strict=True)
         }
-        if self._log:
+        if self._log is not None:
             self._log.append([self._record(key, answer) for key, answer in answers.items()])
         return answers
 

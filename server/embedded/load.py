@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atoms.model import choose_device, choose_dtype, load_model, merge_adapter
 from atoms.package import Package
 from server.embedded.engine import EmbeddedEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger("atomsteer.server")
 
@@ -39,14 +43,7 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
     """Raises PackageError, ModelError, WrongBaseError, AdapterError, ConfigError; nothing runs then."""
     package = Package.read(path)
     bank, _ = package.bank, package.drift  # read and verified now, rather than at the first steered request
-    device = choose_device(options.device)
-    dtype = choose_dtype(device, options.dtype)
-    reference = package.manifest.base_model
-    revision = reference.revision if options.model is None else None
-    _log.info("loading %s as %s on %s", options.model or reference.id, dtype, device)
-    model, tokenizer = load_model(options.model or reference.id, dtype, device, revision)
-    package.check_base(model)
-    merge_adapter(model, package.base_adapter)
+    model, tokenizer = load_merged(package, options)
     engine = EmbeddedEngine(
         model,
         tokenizer,
@@ -58,3 +55,22 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
         prefill_tokens_per_step=options.prefill_tokens_per_step,
     )
     return LoadedPackage(package, engine, int(model.config.get_text_config().vocab_size))
+
+
+def load_merged(package: Package, options: EngineOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a server runs: `load_base` with θ0 merged into the weights."""
+    model, tokenizer = load_base(package, options)
+    merge_adapter(model, package.base_adapter)
+    return model, tokenizer
+
+
+def load_base(package: Package, options: EngineOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The package's base model, checked, and its tokenizer. Raises as `load_package`."""
+    device = choose_device(options.device)
+    dtype = choose_dtype(device, options.dtype)
+    reference = package.manifest.base_model
+    revision = reference.revision if options.model is None else None
+    _log.info("loading %s as %s on %s", options.model or reference.id, dtype, device)
+    model, tokenizer = load_model(options.model or reference.id, dtype, device, revision)
+    package.check_base(model)
+    return model, tokenizer

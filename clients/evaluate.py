@@ -1,0 +1,150 @@
+"""`evaluate`: measures a package's atoms on held-out prompts; tables, figures, and entries in its cards."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from atoms.errors import ConfigError
+from atoms.package import Package
+from atoms.storage import write_bytes, write_json
+from clients.harness import TABLE_WIDTH, open_harness
+from offline.evaluation import figures
+from offline.evaluation.config import EvaluateConfig
+from offline.evaluation.evaluate import evaluate, goals_of
+from offline.evaluation.prompts import demo_data, read_prompts
+from offline.evaluation.results import (
+    ATOM,
+    UNSTEERED,
+    Comparison,
+    Condition,
+    Evaluation,
+    GoalResult,
+    cards_with_effects,
+    table_rows,
+    to_csv,
+)
+from offline.progress import Progress
+from offline.report import write_report
+from server.embedded.load import EngineOptions, load_base
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Documents for the supervised control. `labels`: behaviour -> its label, where the two differ."""
+
+    data: Path
+    field: str
+    labels: Mapping[str, str]
+    most: int
+
+
+def run_evaluate(
+    path: Path, config: EvaluateConfig, *, prompts: Path | None, out: Path | None, max_tokens: int, options: EngineOptions,
+    labelled: Labelled | None = None, write_cards: bool = False, plots: bool = True, quiet: bool = False,
+) -> Evaluation:  # fmt: skip
+    """Evaluates, or resumes in `out` (default: beside the package), and writes evaluation.json, .csv and figures there."""
+    if plots:
+        figures.require_matplotlib()
+    package, progress = Package.read(path), Progress(quiet=quiet)
+    prompts = prompts or demo_data("evaluation_prompts")
+    work = out or path.with_name(path.name + ".evaluation")
+    rows = _supervised_rows(package, config, prompts, labelled, options, progress) if labelled else {}
+    with open_harness(package, work, max_tokens, options) as harness:
+        evaluation = evaluate(harness, prompts, config, work, progress, rows)
+    write_json(work / "evaluation.json", evaluation.as_json())
+    write_bytes(work / "evaluation.csv", to_csv(table_rows(evaluation)).encode())
+    if plots:
+        for name, figure in (
+            ("dose-response", figures.dose_response(evaluation)),
+            ("effects", figures.effects(evaluation)),
+        ):
+            if figure is not None:
+                figures.save(figure, work / name)
+    if write_cards:
+        write_report(package.update(cards_with_effects(package.manifest.atoms, evaluation)))
+    Console(width=max(TABLE_WIDTH, Console().width)).print(evaluation_table(evaluation))
+    _print_end(evaluation, work, path if write_cards else None)
+    return evaluation
+
+
+def parse_labels(texts: list[str]) -> dict[str, str]:
+    """Reads ``["bulleted-list=bulleted_list"]``. Raises ConfigError."""
+    labels = {}
+    for text in texts:
+        behaviour, separator, label = text.partition("=")
+        if not separator or not behaviour.strip() or not label.strip():
+            raise ConfigError(
+                f"--label {text!r} is not of the form BEHAVIOUR=LABEL, such as fenced-code=code_generation"
+            )
+        labels[behaviour.strip()] = label.strip()
+    return labels
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row a goal and condition; changes in points with 95% intervals."""
+    table = Table(title=f"prompts {evaluation.facts['prompts']['file']}, "
+                  f"sha256 {evaluation.facts['prompts']['sha256'][:16]}", title_justify="left")  # fmt: skip
+    for heading in ("goal", "condition", "n", "rate", "change", "p (Holm)", "atom beyond it", "KL", "predicted",
+                    "perplexity", "degenerate", "tokens"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("goal", "condition") else "right")
+    for result in evaluation.goals:
+        for place, condition in enumerate(result.conditions):
+            table.add_row(*_cells(result, condition, place), end_section=place == len(result.conditions) - 1)
+    return table
+
+
+def _cells(result: GoalResult, condition: Condition, place: int) -> list[str]:
+    name, rate, change = condition.name, condition.rate, condition.to_unsteered
+    if name == ATOM and result.choice:
+        name = f"{result.choice.name} {result.choice.coefficient:+g}"
+    elif name == UNSTEERED and result.choice is None:
+        name = "unsteered (no setting within the limits)"
+    return [
+        str(result.goal) if place == 0 else "", name, str(rate.n),
+        f"{rate.share:.0%} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]", _difference(change),
+        f"{change.p_holm:.2g}" if change and condition.name == ATOM else "", _difference(condition.atom_beyond),
+        f"{condition.kl:.3f}", "" if condition.predicted_kl is None else f"{condition.predicted_kl:.3f}",
+        f"{condition.perplexity:.1f}", f"{condition.form.degenerate:.0%}", f"{condition.form.tokens:.0f}",
+    ]  # fmt: skip
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    return f"{100 * comparison.difference:+.0f} [{100 * comparison.low:+.0f}, {100 * comparison.high:+.0f}]"
+
+
+def _supervised_rows(
+    package: Package,
+    config: EvaluateConfig,
+    prompts: Path,
+    labelled: Labelled,
+    options: EngineOptions,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Rows of every behaviour that is evaluated. The unmerged model is loaded for them, and dropped again."""
+    from offline.evaluation.supervised import supervised_rows
+
+    behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(read_prompts(prompts), config))
+    labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
+    model, tokenizer = load_base(package, options)
+    rows = supervised_rows(package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most, progress)
+    del model
+    gc.collect()
+    return rows
+
+
+def _print_end(evaluation: Evaluation, work: Path, updated: Path | None) -> None:
+    chosen = [goal for goal in evaluation.goals if goal.choice]
+    print(f"{work}: evaluation.json, evaluation.csv; {len(chosen)} of {len(evaluation.goals)} goals have a setting")
+    if updated:
+        print(
+            f"{updated}: effects of {len({goal.choice.atom for goal in chosen if goal.choice})} atoms written to their cards"
+        )

@@ -1,0 +1,53 @@
+"""Settings of an evaluation: frozen, validated on construction, recorded with its results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atoms.errors import ConfigError
+from offline.evaluation.results import Wanted
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateConfig:
+    """What is tried, on how much, within which limits.
+
+    Empty behaviours: all of the prompt file; empty atoms: all of the package. Coefficients are magnitudes, tried with both
+    signs. Numbers of prompts are per goal; None: all there are. `max_kl` in nats a token. `max_degenerate` is a share of
+    the answers, raised to that of the unsteered answers where those are worse.
+    """
+
+    behaviours: tuple[str, ...] = ()
+    wanted: tuple[Wanted, ...] = ("up", "down")
+    atoms: tuple[str, ...] = ()
+    coefficients: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0)
+    screen_coefficient: float = 2.0
+    screen_prompts: int = 6
+    candidates: int = 3
+    dev_prompts: int | None = None
+    heldout_prompts: int | None = None
+    max_kl: float = 0.5
+    max_degenerate: float = 0.05
+    kl_prompts: int = 24
+    random_controls: int = 1
+    curve: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("screen_prompts", "candidates", "dev_prompts", "heldout_prompts", "kl_prompts"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(bool(self.coefficients), "coefficients", self.coefficients, "at least one number")
+        for value in (*self.coefficients, self.screen_coefficient):
+            _require(
+                0 < value < float("inf"), "coefficients", value, "magnitudes above 0; each is tried with both signs"
+            )
+        _require(bool(self.wanted) and set(self.wanted) <= {"up", "down"}, "goals", self.wanted, "up, down or both")
+        _require(self.max_kl > 0, "max_kl", self.max_kl, "above 0 nats a token")
+        _require(0 <= self.max_degenerate <= 1, "max_degenerate", self.max_degenerate, "a share, 0 to 1")
+        _require(self.random_controls >= 0, "random_controls", self.random_controls, "at least 0")
+
+
+def _require(condition: bool, name: str, value: object, limit: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; it must be {limit}")

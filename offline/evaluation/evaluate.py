@@ -1,0 +1,217 @@
+"""`atomsteer evaluate`: choose on development prompts, report on held-out ones. READ FIRST.
+
+A goal is a behaviour to raise on neutral prompts or to lower on inviting ones. For all goals together:
+
+    1 choose    an atom and a coefficient, on development prompts (offline/evaluation/search.py)
+    2 control   directions that cost the same measured KL, along the unsteered answers to the held-out prompts
+    3 report    unsteered, atom and controls on the held-out prompts, which nothing was chosen on
+
+Answers are greedy and kept in a log, control directions in files, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from atoms.detectors import get_detector
+from atoms.errors import DataError
+from atoms.mix import Mix
+from atoms.space import Direction
+from atoms.storage import canonical_hash, sha256_file, write_tensors
+from offline.calibrate import DriftMeter
+from offline.evaluation.answers import Answer
+from offline.evaluation.config import EvaluateConfig
+from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
+from offline.evaluation.harness import Harness
+from offline.evaluation.measures import Form, Rate, degenerate_share, outcomes
+from offline.evaluation.prompts import EvaluationPrompt, choose_prompts, read_prompts
+from offline.evaluation.results import (
+    ATOM,
+    UNSTEERED,
+    Choice,
+    Comparison,
+    Condition,
+    CurvePoint,
+    Evaluation,
+    Goal,
+    GoalResult,
+    adjust,
+)
+from offline.evaluation.search import Prompts, choose_settings, signed_within_range
+from offline.progress import Progress
+from offline.record import jsonable, versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """What answers a goal's held-out prompts besides the unsteered model, and its measured KL in nats a token."""
+
+    mix: Mix
+    kl: float
+
+
+def evaluate(
+    harness: Harness, prompts_file: Path, config: EvaluateConfig, work: Path, progress: Progress,
+    supervised: Mapping[str, Tensor] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Runs or resumes an evaluation whose files lie in `work`.
+
+    `supervised`: behaviour -> unit whitened row (D,) of its labelled documents, for the supervised control. Raises
+    UnknownAtomError, UnknownDetectorError and DataError for names that do not exist and prompts that are missing.
+    """
+    prompts, package = read_prompts(prompts_file), harness.package
+    goals = goals_of(prompts, config)
+    dev = {goal: _texts(prompts, goal, "dev", config.dev_prompts) for goal in goals}
+    heldout = {goal: _texts(prompts, goal, "heldout", config.heldout_prompts) for goal in goals}
+    atoms = [package.card(name).id for name in config.atoms] or [card.id for card in package.manifest.atoms]
+    choices = choose_settings(harness, dev, atoms, config, progress)
+    contenders = _contenders(harness, choices, heldout, config, work, progress, supervised or {})
+    results = _report(harness, choices, contenders, heldout, config, progress)
+    return Evaluation(_facts(harness, prompts_file, config), adjust(results))
+
+
+def goals_of(prompts: Sequence[EvaluationPrompt], config: EvaluateConfig) -> list[Goal]:
+    """Every behaviour up and down, as configured. Raises UnknownDetectorError for a behaviour that nothing detects."""
+    behaviours = config.behaviours or tuple(dict.fromkeys(row.behaviour for row in prompts))
+    return [Goal(get_detector(behaviour).name, wanted) for behaviour in behaviours for wanted in config.wanted]
+
+
+def _texts(prompts: Sequence[EvaluationPrompt], goal: Goal, split: str, most: int | None) -> list[str]:
+    texts = [row.prompt for row in choose_prompts(prompts, goal.behaviour, goal.kind, split, most)]
+    if not texts:
+        raise DataError(
+            f"there is no {goal.kind} {split} prompt of {goal.behaviour!r}; give a prompt file that has some, or choose "
+            "other --behaviours"
+        )
+    return texts
+
+
+def _facts(harness: Harness, prompts_file: Path, config: EvaluateConfig) -> dict[str, Any]:
+    manifest = harness.package.manifest
+    return {
+        "package": {"name": manifest.name, "version": manifest.version, "content_hash": manifest.content_hash,
+                    "base_model": Path(manifest.base_model.id).name, "composition": harness.package.composition},
+        "prompts": {"file": prompts_file.name, "sha256": sha256_file(prompts_file)},
+        "config": jsonable(dataclasses.asdict(config)),
+        "max_tokens": harness.answerer.max_tokens,
+        "dtype": harness.dtype,
+        "versions": versions(),
+    }  # fmt: skip
+
+
+# --- controls -------------------------------------------------------------------------------------
+
+
+def _contenders(
+    harness: Harness, choices: Mapping[Goal, Choice | None], heldout: Prompts, config: EvaluateConfig, work: Path,
+    progress: Progress, supervised: Mapping[str, Tensor],
+) -> dict[Goal, dict[str, Contender]]:  # fmt: skip
+    """Condition -> mix and KL of each goal: the chosen atom, and controls that cost as much along the same answers."""
+    chosen = {goal: choice for goal, choice in choices.items() if choice}
+    unsteered = harness.answer("held-out, unsteered", [(goal, Mix()) for goal in chosen], heldout, progress)
+    contenders = {}
+    with progress.task("controls", len(chosen), "goals") as bar:
+        for goal, choice in chosen.items():
+            along = unsteered[goal, Mix()][: config.kl_prompts]
+            meter, atom = harness.meter(along), Mix.of({choice.atom: choice.coefficient})
+            target = harness.kl(meter, atom)
+            contenders[goal] = {ATOM: Contender(atom, target)}
+            for name, row, sign in _control_rows(harness, goal, choice, config, supervised.get(goal.behaviour)):
+                recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, row.tolist(), sign]
+                file = work / "controls" / f"{name}-{canonical_hash(recipe)[:16]}.safetensors"
+                direction, kl = _kept_control(file, harness, meter, row, sign, target)
+                mix = harness.directions.add(f"{name} for {goal}", direction)
+                contenders[goal][name] = Contender(mix, kl)
+            bar.advance()
+    return contenders
+
+
+def _control_rows(
+    harness: Harness, goal: Goal, choice: Choice, config: EvaluateConfig, supervised: Tensor | None
+) -> list[tuple[str, Tensor, float]]:
+    """(name, whitened row, sign): which way and where the controls of a goal go."""
+    row = atom_row(harness.package, choice.atom)
+    rows = [("shuffled", shuffled_row(row, config.seed), 1.0)]
+    for n in range(config.random_controls):
+        rows.append((f"random-{n + 1}", random_row(len(row), config.seed + n), 1.0))
+    if supervised is not None:
+        rows.append(("supervised", supervised, float(goal.sign)))  # towards the labelled documents, or away from them
+    return rows
+
+
+def _kept_control(
+    file: Path, harness: Harness, meter: DriftMeter, row: Tensor, sign: float, target: float
+) -> tuple[Direction, float]:
+    """The control of an earlier run, or a new one that is kept: its weights must not change, or its answers would."""
+    if not file.exists():
+        direction, kl = control_direction(harness.package, projection_of(harness.package), meter, row, sign, target)
+        write_tensors(file, direction, {"kl": repr(kl)})
+    with safe_open(file, framework="pt") as kept:
+        return {key: kept.get_tensor(key) for key in kept.keys()}, float(kept.metadata()["kl"])  # noqa: SIM118
+
+
+# --- held-out prompts -----------------------------------------------------------------------------
+
+
+def _report(
+    harness: Harness, choices: Mapping[Goal, Choice | None], contenders: Mapping[Goal, Mapping[str, Contender]],
+    heldout: Prompts, config: EvaluateConfig, progress: Progress,
+) -> list[GoalResult]:  # fmt: skip
+    curves = {goal: _curve(harness, choices[goal], config) for goal in heldout}
+    asked = [
+        (goal, mix) for goal in heldout
+        for mix in (Mix(), *(c.mix for c in contenders.get(goal, {}).values()), *curves[goal].values())
+    ]  # fmt: skip
+    answers = harness.answer("held-out", asked, heldout, progress)
+    results = []
+    with progress.task("perplexity", len(heldout), "goals") as bar:
+        for goal in heldout:
+            given = {UNSTEERED: Contender(Mix(), 0.0), **contenders.get(goal, {})}
+            conditions = _conditions(harness, goal, given, {name: answers[goal, c.mix] for name, c in given.items()})
+            points = [_point(harness, goal, c, mix, answers[goal, mix]) for c, mix in curves[goal].items()]
+            results.append(GoalResult(goal, choices[goal], conditions, tuple(points)))
+            bar.advance()
+    return results
+
+
+def _curve(harness: Harness, choice: Choice | None, config: EvaluateConfig) -> dict[float, Mix]:
+    """Coefficient -> mix of the chosen atom at every other coefficient that was allowed."""
+    if choice is None or not config.curve:
+        return {}
+    coefficients = signed_within_range(harness, choice.atom, config.coefficients)
+    mixes = {c: Mix.of({choice.atom: c}) for c in sorted(coefficients) if c != choice.coefficient}
+    return {c: mix for c, mix in mixes.items() if harness.package.predicted_kl(mix) <= config.max_kl}
+
+
+def _conditions(
+    harness: Harness, goal: Goal, given: Mapping[str, Contender], answers: Mapping[str, Sequence[Answer]]
+) -> tuple[Condition, ...]:
+    detector = get_detector(goal.behaviour)
+    fired = {name: outcomes(texts, detector) for name, texts in answers.items()}
+    conditions = []
+    for name, contender in given.items():
+        control = name not in (ATOM, UNSTEERED)
+        conditions.append(
+            Condition(
+                name=name,
+                rate=Rate.of(fired[name]),
+                form=Form.of(answers[name]),
+                perplexity=harness.perplexity(answers[name]),
+                kl=contender.kl,
+                predicted_kl=None if control else harness.package.predicted_kl(contender.mix),
+                to_unsteered=None if name == UNSTEERED else Comparison.of(fired[UNSTEERED], fired[name]),
+                atom_beyond=Comparison.of(fired[name], fired[ATOM]) if control else None,
+            )
+        )
+    return tuple(conditions)
+
+
+def _point(harness: Harness, goal: Goal, coefficient: float, mix: Mix, answers: Sequence[Answer]) -> CurvePoint:
+    rate = Rate.of(outcomes(answers, get_detector(goal.behaviour)))
+    return CurvePoint(coefficient, rate, degenerate_share(answers), harness.package.predicted_kl(mix))

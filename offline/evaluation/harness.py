@@ -1,0 +1,101 @@
+"""The harness of `evaluate` and `sweep`: a package, an engine for free-running answers, and its model for likelihoods.
+
+Engine and model share their weights (θ0 merged) and take turns: the model is used only while no answer is being made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from atoms.engine import Engine
+from atoms.mix import Mix
+from atoms.package import Package
+from atoms.steered import SteeredModel
+from offline.calibrate import DriftMeter, make_batches
+from offline.corpus import EncodedDocument
+from offline.evaluation.answers import Answer, Answerer, AnswerLog
+from offline.evaluation.directions import Directions
+from offline.gradients import label_logits, sum_losses
+from offline.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Cell = TypeVar("Cell")
+
+
+class Harness:
+    """Answers, drift and perplexity of a package's mixes. A context manager: `close()` takes the hooks off the model.
+
+    `engine` must compose mixes with `directions`; `model` is the model it runs. `log` keeps answers over runs.
+    """
+
+    def __init__(
+        self, engine: Engine, model: PreTrainedModel, directions: Directions, max_tokens: int,
+        log: AnswerLog | None = None, batch_tokens: int = 2048,
+    ) -> None:  # fmt: skip
+        self.package: Package = directions.package
+        self.directions, self.batch_tokens = directions, batch_tokens
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.answerer = Answerer(engine, directions.digest, max_tokens, log, self.dtype)
+        self._engine = engine
+        self._steered = SteeredModel(model, self.package.base_adapter.space, 1)
+
+    def __enter__(self) -> Harness:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._steered.close()
+
+    def answer(
+        self, stage: str, asked: Sequence[tuple[Cell, Mix]], prompts: Mapping[Cell, Sequence[str]], progress: Progress
+    ) -> dict[tuple[Cell, Mix], list[Answer]]:
+        """Answers to the prompts of each (cell, mix) that is asked for, as one batch job; in the order of the prompts."""
+        pairs = [(prompt, mix) for cell, mix in asked for prompt in prompts[cell]]
+        with progress.task(stage, len(pairs), "answers") as bar:
+            answers = iter(self.answerer.answer_pairs(pairs, bar.advance))
+        return {(cell, mix): list(islice(answers, len(prompts[cell]))) for cell, mix in asked}
+
+    def meter(self, unsteered: Sequence[Answer]) -> DriftMeter:
+        """Measures KL(unsteered ‖ steered) along `unsteered`: the unsteered model's own answers, teacher-forced.
+
+        Holds a row of log-probabilities for each of their tokens.
+        """
+        if any(answer.mix for answer in unsteered):
+            raise ValueError("drift is measured along unsteered answers")
+        batches = make_batches(self._documents(unsteered), self.batch_tokens, self._device)
+        return DriftMeter(self._steered, self.package.base_adapter, self.package.composition, batches)
+
+    def kl(self, meter: DriftMeter, mix: Mix) -> float:
+        """Nats a token; 0 for the empty mix."""
+        delta = self.directions.compose(mix)
+        return 0.0 if delta is None else meter.kl_of(delta)
+
+    @torch.inference_mode()
+    def perplexity(self, answers: Sequence[Answer]) -> float:
+        """exp of the mean negative log-likelihood a token of `answers` under the unsteered model, given their prompts."""
+        total, tokens = 0.0, 0
+        for batch in make_batches(self._documents(answers), self.batch_tokens, self._device):
+            total += float(sum_losses(label_logits(self._steered.model, batch), batch).double().sum())
+            tokens += len(batch.labels)
+        return math.exp(total / tokens)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._steered.model.device  # type: ignore[return-value]  # a module attribute to mypy
+
+    def _documents(self, answers: Sequence[Answer]) -> list[EncodedDocument]:
+        """Answers as documents. `token_ids` end with the end token, if the answer ended by itself, so none is empty."""
+        encode = self._engine.encode_chat
+        return [
+            EncodedDocument(row, encode([{"role": "user", "content": answer.prompt}]), answer.token_ids)
+            for row, answer in enumerate(answers)
+        ]

@@ -1,0 +1,119 @@
+"""The choice of an atom and a coefficient for each goal, on development prompts alone.
+
+Two rounds, each one batch over all goals: every atom at ± one coefficient on a few prompts gives the candidates; the
+candidates at every coefficient on all prompts give the choice. It is the setting that changes the detector's rate most in
+the wanted direction, of those whose predicted and measured KL and whose share of degenerate answers are within the limits;
+among equals the one of least predicted KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from atoms.detectors import get_detector
+from atoms.mix import Mix
+from offline.evaluation.answers import Answer
+from offline.evaluation.config import EvaluateConfig
+from offline.evaluation.harness import Harness
+from offline.evaluation.measures import degenerate_share, rate
+from offline.evaluation.results import Choice, Goal
+from offline.progress import Progress
+
+Prompts = Mapping[Goal, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One atom at one coefficient, as it did on a goal's development prompts. `gain` is positive where wanted."""
+
+    atom: str
+    coefficient: float
+    n: int
+    rate: float
+    gain: float
+    degenerate: float
+    predicted_kl: float
+
+    @property
+    def mix(self) -> Mix:
+        return Mix.of({self.atom: self.coefficient})
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a round showed of a goal: the unsteered answers, and every setting within the atom's tested range."""
+
+    unsteered: list[Answer]
+    settings: list[Setting]
+
+
+def choose_settings(
+    harness: Harness, prompts: Prompts, atoms: Sequence[str], config: EvaluateConfig, progress: Progress
+) -> dict[Goal, Choice | None]:
+    """One choice a goal; None where no setting within the limits moves the behaviour as wanted."""
+    candidates: Mapping[Goal, Sequence[str]] = dict.fromkeys(prompts, atoms)
+    if len(atoms) > config.candidates:
+        few = {goal: texts[: config.screen_prompts] for goal, texts in prompts.items()}
+        screened = try_settings(harness, few, candidates, (config.screen_coefficient,), "screen", progress)
+        candidates = {goal: best_atoms(tried.settings, config.candidates) for goal, tried in screened.items()}
+    tried = try_settings(harness, prompts, candidates, config.coefficients, "choose", progress)
+    with progress.task("KL of choices", len(tried), "goals") as bar:
+        choices = {}
+        for goal, found in tried.items():
+            choices[goal] = _choose(harness, goal, found, config)
+            bar.advance()
+    return choices
+
+
+def try_settings(
+    harness: Harness, prompts: Prompts, atoms: Mapping[Goal, Sequence[str]], coefficients: Sequence[float], stage: str,
+    progress: Progress,
+) -> dict[Goal, Tried]:  # fmt: skip
+    """Answers every goal's prompts unsteered and under its atoms at both signs of `coefficients`: one batch job."""
+    cells = {
+        goal: [(atom, c) for atom in atoms[goal] for c in signed_within_range(harness, atom, coefficients)]
+        for goal in prompts
+    }
+    asked = [(goal, mix) for goal in prompts for mix in (Mix(), *(Mix.of({a: c}) for a, c in cells[goal]))]
+    answers = harness.answer(stage, asked, prompts, progress)
+    tried = {}
+    for goal in prompts:
+        detector, unsteered = get_detector(goal.behaviour), answers[goal, Mix()]
+        base, settings = rate(unsteered, detector), []
+        for atom, c in cells[goal]:
+            mix = Mix.of({atom: c})
+            share = rate(answers[goal, mix], detector)
+            settings.append(
+                Setting(atom, c, len(unsteered), share, goal.sign * (share - base), degenerate_share(answers[goal, mix]),
+                        harness.package.predicted_kl(mix))
+            )  # fmt: skip
+        tried[goal] = Tried(unsteered, settings)
+    return tried
+
+
+def best_atoms(settings: Sequence[Setting], count: int) -> list[str]:
+    """The atoms of the `count` largest gains; among equals the one that cost least drift."""
+    ranked = sorted(settings, key=lambda s: (-s.gain, s.predicted_kl))
+    return list(dict.fromkeys(setting.atom for setting in ranked))[:count]
+
+
+def signed_within_range(harness: Harness, atom: str, coefficients: Sequence[float]) -> list[float]:
+    """±coefficients, without those outside the atom's tested range."""
+    low, high = harness.package.card(atom).tested_range
+    return [c for magnitude in coefficients for c in (-magnitude, magnitude) if low <= c <= high]
+
+
+def _choose(harness: Harness, goal: Goal, tried: Tried, config: EvaluateConfig) -> Choice | None:
+    limit = max(config.max_degenerate, degenerate_share(tried.unsteered))
+    allowed = [s for s in tried.settings if s.gain > 0 and s.predicted_kl <= config.max_kl and s.degenerate <= limit]
+    if not allowed:
+        return None
+    meter = harness.meter(tried.unsteered[: config.kl_prompts])
+    for setting in sorted(allowed, key=lambda s: (-s.gain, s.predicted_kl)):
+        kl = harness.kl(meter, setting.mix)
+        if kl <= config.max_kl:
+            return Choice(setting.atom, harness.package.card(setting.atom).name, setting.coefficient, setting.n,
+                          rate(tried.unsteered, get_detector(goal.behaviour)), setting.rate, setting.degenerate,
+                          setting.predicted_kl, kl)  # fmt: skip
+    return None
