@@ -38,7 +38,7 @@ class SteeredModel:
         for module in space.modules:
             linear = find_linear(model, module.name)
             rank, weight = 2 * module.rank, linear.weight
-            self._a[module.name] = weight.new_zeros((slots, rank, module.d_in))  # (S, R, d_in)
+            self._a[module.name] = weight.new_zeros((slots, module.d_in, rank))  # (S, d_in, R), A transposed
             self._b[module.name] = weight.new_zeros((slots, rank, module.d_out))  # (S, R, d_out), B transposed
             self._handles.append(linear.register_forward_hook(self._hook(module.name)))
 
@@ -60,16 +60,16 @@ class SteeredModel:
             name,
             factors,
         ) in delta.items():  # all before any is written, so that a refused delta leaves the slot as it was
-            if factors.lora_A.shape[0] > self._a[name].shape[1]:
+            if factors.lora_A.shape[0] > self._a[name].shape[2]:
                 raise AdapterError(
-                    f"{name}: the delta has rank {factors.lora_A.shape[0]}; slots hold rank {self._a[name].shape[1]}"
+                    f"{name}: the delta has rank {factors.lora_A.shape[0]}; slots hold rank {self._a[name].shape[2]}"
                 )
         for name, factors in delta.items():
             rank = factors.lora_A.shape[0]
             a, b = self._a[name][slot], self._b[name][slot]
-            a[:rank].copy_(factors.lora_A)
+            a[:, :rank].copy_(factors.lora_A.T)
             b[:rank].copy_((factors.lora_B.float() * factors.scaling).T)
-            a[rank:].zero_()
+            a[:, rank:].zero_()
             b[rank:].zero_()
         self._steered[slot] = True
 
@@ -109,7 +109,7 @@ class SteeredModel:
                 return None
             a, b = self._a[name][self._active], self._b[name][self._active]
             x = inputs[0]  # (n, t, d_in)
-            hidden = torch.bmm(x, a.transpose(1, 2))  # (n, t, R)
+            hidden = torch.bmm(x, a)  # (n, t, R)
             return torch.baddbmm(output, hidden, b)  # (n, t, d_out)
 
         return add_delta

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from atoms.model import choose_device, choose_dtype, load_model, merge_adapter
 from atoms.package import Package
 from server.embedded.engine import EmbeddedEngine
+from server.embedded.packing import pack_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
     package = Package.read(path)
     bank, _ = package.bank, package.drift  # read and verified now, rather than at the first steered request
     model, tokenizer = load_merged(package, options)
+    if packed := pack_linears(model):
+        _log.info("packed the weights of %d linears", packed)
     engine = EmbeddedEngine(
         model,
         tokenizer,
