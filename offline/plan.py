@@ -47,7 +47,7 @@ from offline.dictionary import default_atoms, learn_dictionary
 from offline.finetune import plan_steps
 from offline.pipeline import Run
 from offline.progress import Progress
-from offline.rows import RowSink, RowStore, shard_path
+from offline.rows import SHARD_DOCUMENTS, RowSink, RowStore, shard_path
 
 _DICTIONARY_ROWS = 1024
 _PROBE_PROMPTS, _PROBE_ATOMS = 2, 2
@@ -168,7 +168,7 @@ class _Probe:
         config, run = self.config, self.run
         adapter, _ = _timed(run.adapter)
         projection, took = _timed(lambda: run.projection(adapter))
-        passes = sum(self.costs.costs[name].seconds for name in ("factors", "eigenvalues"))
+        passes = sum(cost.seconds for name, cost in self.costs.costs.items() if name in ("factors", "eigenvalues"))
         run.rows(projection)
         training, held_out = split_held_out(len(self.encoded.documents), config.dictionary.held_out, config.seed)
         atoms = min(config.dictionary.atoms or default_atoms(len(training)), len(training))
@@ -199,11 +199,12 @@ class _Probe:
         }
         here = padded_tokens(self.sample, limit)
         stages = [
-            self._scaled("factors", padded_tokens(samples["factors"], limit), here),
-            StagePlan("eigenvectors", "", 0, 1, 0, eigenvectors),
-            self._scaled("eigenvalues", padded_tokens(samples["eigenvalues"], limit), here),
-            self._scaled("gradients", padded_tokens(documents, limit), here),
+            self._scaled(name, padded_tokens(docs, limit), here)
+            for name, docs in samples.items()
+            if name in self.costs.costs
         ]
+        stages.insert(1, StagePlan("eigenvectors", "", 0, 1, 0, eigenvectors))
+        stages.append(self._scaled("gradients", padded_tokens(documents, limit), here))
         if config.adapter is None:
             steps, probed = (sum(padded_tokens(step, limit) for step in plan_steps(d, c, seed))
                              for d, c in ((documents, config.finetune), (self.sample, self.finetune)))  # fmt: skip
@@ -218,13 +219,13 @@ class _Probe:
         config = self.config.dictionary
         probed = min(atoms, _DICTIONARY_ROWS // 2)
         count = min(max(rows, 8), _DICTIONARY_ROWS)
-        store = _made_up_rows(self.folder / "rows", count, projection.dim, probed)
+        store = made_up_rows(self.folder / "rows", count, projection.dim, probed)
         learn_dictionary(store, range(count), replace(config, atoms=probed, iterations=2), 0, self.costs, "dictionary")
         beyond = atoms / probed * (projection.dim + _FISTA_STEPS * atoms) / (projection.dim + _FISTA_STEPS * probed)
         seconds = self.costs.costs["dictionary"].seconds * beyond
+        planned, made = (config.iterations, 2) if config.learner == "blocks" else (1, 1)  # scikit-learn stops by itself
         return [
-            StagePlan(name, "rows", config.iterations * rows, 2 * count, seconds)
-            for name in ("dictionary", "second seed")
+            StagePlan(name, "rows", planned * rows, made * count, seconds) for name in ("dictionary", "second seed")
         ]
 
     def _calibration_stages(self, adapter: Adapter, projection: Projection, kept: int) -> list[StagePlan]:
@@ -288,13 +289,16 @@ def describe(plan: Plan, config: DiscoverConfig) -> str:
     return "\n".join(lines)
 
 
-def _made_up_rows(folder: Path, count: int, dim: int, atoms: int) -> RowStore:
+def made_up_rows(folder: Path, count: int, dim: int, atoms: int) -> RowStore:
+    """Shards of `count` rows (dim,), each a mixture of three of `atoms` random directions and noise."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(atoms, dim, generator=generator), dim=1)
-    picks = torch.randint(atoms, (count, 3), generator=generator)
-    noise = torch.nn.functional.normalize(torch.randn(count, dim, generator=generator), dim=1)
-    rows = (torch.tensor([0.6, 0.3, 0.2])[:, None] * directions[picks]).sum(1) + 0.5 * noise
-    write_tensors(shard_path(folder, 0), {"document": torch.arange(count), "row": rows})
+    for shard, start in enumerate(range(0, count, SHARD_DOCUMENTS)):
+        documents = torch.arange(start, min(count, start + SHARD_DOCUMENTS))
+        picks = torch.randint(atoms, (len(documents), 3), generator=generator)
+        noise = torch.nn.functional.normalize(torch.randn(len(documents), dim, generator=generator), dim=1)
+        rows = (torch.tensor([0.6, 0.3, 0.2])[:, None] * directions[picks]).sum(1) + 0.5 * noise
+        write_tensors(shard_path(folder, shard), {"document": documents, "row": rows})
     return RowStore(folder)
 
 

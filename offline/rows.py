@@ -166,7 +166,11 @@ class RowStore:
 
     def rows(self, documents: Sequence[int]) -> Tensor:
         """x̃ (n, D) of `documents`, in that order."""
-        return normalise_rows(self._gather("row", documents), self.mean)[0]
+        return normalise_rows(self.uncentred(documents), self.mean)[0]
+
+    def uncentred(self, documents: Sequence[int]) -> Tensor:
+        """x (n, D) of `documents` as stored, whose inner products are EKFAC influences on the kept components."""
+        return self._gather("row", documents)
 
     def sketches(self, documents: Sequence[int]) -> Tensor:
         """Sketches (n, S) of raw unit gradients of `documents`, float32."""

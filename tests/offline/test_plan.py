@@ -14,7 +14,7 @@ from safetensors import safe_open
 from atoms.errors import DataError
 from atoms.package import Package
 from clients.cli import main
-from offline.config import DiscoverConfig, FinetuneConfig
+from offline.config import DiscoverConfig, FinetuneConfig, recipe_settings
 from offline.corpus import EncodedDocument
 from offline.pipeline import discover
 from offline.plan import Plan, StagePlan, describe, make_plan, padded_tokens, probe_documents
@@ -91,6 +91,13 @@ def test_a_given_adapter_is_not_trained(
     assert "fine-tune" not in [stage.name for stage in plan.stages]
     assert plan.parameters == planned[0].parameters
     assert str(config.adapter) in describe(plan, config)
+
+
+def test_the_papers_recipe_is_planned_without_the_pass_that_it_lacks(planned: tuple[Plan, DiscoverConfig]) -> None:
+    parts = {part: dataclasses.replace(getattr(planned[1], part), **recipe_settings("paper", part))
+             for part in ("curvature", "dictionary", "select", "calibrate")}  # fmt: skip
+    names = [stage.name for stage in make_plan(dataclasses.replace(planned[1], **parts), QUIET).stages]
+    assert names == [stage.name for stage in planned[0].stages if stage.name != "eigenvalues"]
 
 
 def test_an_existing_package_is_refused_as_by_the_run(

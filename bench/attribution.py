@@ -1,0 +1,237 @@
+"""Is attribution right? Two checks on a package and the working directory that it came from.
+
+    python bench/attribution.py ranks   --package demo/package --work demo/work [--json FILE]
+    python bench/attribution.py retrain --package demo/package --work demo/work --data offline/data/demo_documents.jsonl
+                   [--atoms 3] [--leave 20] [--documents 160] [--draws 2] [--batch-documents 8] [--json FILE]
+
+ranks: for every held-out document, training documents are ranked by what two documents share in the dictionary (the inner
+product of their reconstructions Σ a_j d_j, or of their codes), and by the EKFAC influence on the same rows,
+g_tᵀ(F + ε)⁻¹g_i = ⟨x_t, x_i⟩, whose centred and normalised form ⟨x̃_t, x̃_i⟩ is what the dictionary approximates. Shown: mean
+Spearman correlation, and the share of the 20 most influential documents among the predicted 20. Controls: as many random
+training rows in place of the learnt atoms, as many principal components, and similarity of the gradient's norm.
+
+retrain: the fine-tune is run again without an atom's top documents, and without as many random ones of matching lengths that
+do not use the atom. Shown: the change of the loss on the atom's held-out documents (nats a token, more is less of its
+behaviour) and on all other held-out ones. `--documents` trains on that many, always with the top documents of the atoms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from atoms.adapter import adapter_delta, write_adapter
+from atoms.model import choose_device, choose_dtype, load_model
+from atoms.package import Package
+from atoms.projection import sparse_codes
+from offline.calibrate import make_batches
+from offline.config import FinetuneConfig
+from offline.corpus import EncodedDocument, encode_corpus, read_corpus, split_held_out
+from offline.finetune import finetune
+from offline.gradients import label_logits, mean_losses
+from offline.models import frozen_lora
+from offline.progress import Progress
+from offline.rows import RowStore
+
+TOP = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=("ranks", "retrain"))
+    parser.add_argument("--package", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--atoms", type=int, default=3)
+    parser.add_argument("--leave", type=int, default=20)
+    parser.add_argument("--documents", type=int)
+    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--batch-documents", type=int, help="documents a step; default: the discovery's")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.check == "retrain" and options.data is None:
+        parser.error("retrain needs --data, the documents of the discovery")
+    package = Package.read(options.package)
+    settings = package.manifest.record["config"]
+    store = RowStore(options.work / "rows", settings["dictionary"].get("centred", True))
+    split = split_held_out(len(store), settings["dictionary"]["held_out"], settings["seed"])
+    if options.check == "ranks":
+        result: object = ranks(package, store, *split)
+    else:
+        result = retrain(package, store, *split, options)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def ranks(package: Package, store: RowStore, training: Sequence[int], held_out: Sequence[int]) -> list[dict]:
+    """One row a predictor: mean rank correlation with both influences over the held-out documents, and top-20 overlap."""
+    train, test = store.rows(training), store.rows(held_out)
+    raw_train, raw_test = store.uncentred(training), store.uncentred(held_out)
+    truths = {"influence": raw_test @ raw_train.T, "centred": test @ train.T}
+    predictors = {**_predictors(package, train, test), "norm": _norm(store, training, held_out)}
+    print(f"{len(held_out)} held-out against {len(training)} training documents")
+    print(f"{'ranked by':<28}{'rank correlation with':>24}{'':>12}{'top 20 found of':>18}")
+    print(f"{'':<28}{'EKFAC influence':>24}{'centred':>12}{'influence':>10}{'centred':>8}")
+    rows = []
+    for name, predicted in predictors.items():
+        row = {"ranked by": name}
+        for truth, actual in truths.items():
+            row[f"spearman {truth}"] = _mean_spearman(predicted, actual)
+            row[f"top {truth}"] = _overlap(predicted, actual)
+        rows.append(row)
+        print(f"{name:<28}{row['spearman influence']:>24.3f}{row['spearman centred']:>12.3f}{row['top influence']:>10.0%}"
+              f"{row['top centred']:>8.0%}")  # fmt: skip
+    return rows
+
+
+def _predictors(package: Package, train: Tensor, test: Tensor) -> dict[str, Tensor]:
+    settings = package.manifest.record["config"]["dictionary"]
+    dictionary = package.projection_tensors["dictionary"]
+    count = len(dictionary)
+    picks = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:count]
+    found = {}
+    for name, atoms in {"dictionary": dictionary, "random training rows": train[picks]}.items():
+        codes = [
+            sparse_codes(rows, atoms, settings["alpha"], nonnegative=settings["nonnegative"]) for rows in (test, train)
+        ]
+        gram = atoms @ atoms.T
+        found[f"{name}, reconstruction"] = codes[0] @ gram @ codes[1].T
+        if name == "dictionary":
+            found[f"{name}, codes"] = codes[0] @ codes[1].T
+    _, _, components = torch.linalg.svd(train, full_matrices=False)
+    basis = components[:count]
+    found["principal components"] = (test @ basis.T) @ (train @ basis.T).T
+    return found
+
+
+def _norm(store: RowStore, training: Sequence[int], held_out: Sequence[int]) -> Tensor:
+    norms = store.column("norm")
+    return -(norms[list(held_out)][:, None].log() - norms[list(training)][None, :].log()).abs()
+
+
+def _mean_spearman(predicted: Tensor, actual: Tensor) -> float:
+    values = [spearmanr(p.numpy(), a.numpy()).statistic for p, a in zip(predicted, actual, strict=True)
+              if float(p.max()) > float(p.min())]  # fmt: skip
+    return sum(values) / len(predicted)  # a document that shares nothing with any other counts as 0
+
+
+def _overlap(predicted: Tensor, actual: Tensor) -> float:
+    best, found = actual.topk(TOP, dim=1).indices, predicted.topk(TOP, dim=1).indices
+    return float((best[:, :, None] == found[:, None, :]).any(2).float().mean())
+
+
+def retrain(
+    package: Package, store: RowStore, training: Sequence[int], held_out: Sequence[int], options: argparse.Namespace
+) -> list[dict]:
+    """One row an atom: loss changes without its top documents, and without random ones (each draw)."""
+    record = package.manifest.record["config"]
+    device = choose_device("auto")
+    model, tokenizer = load_model(options.model or package.manifest.base_model.id, choose_dtype(device), device)
+    documents = encode_corpus(read_corpus(options.data), tokenizer, record["max_length"]).documents
+    tensors = package.projection_tensors
+    settings = record["dictionary"]
+    codes = {kind: sparse_codes(store.rows(rows), tensors["dictionary"], settings["alpha"], nonnegative=settings["nonnegative"])
+             for kind, rows in (("training", training), ("held out", held_out))}  # fmt: skip
+    cards = sorted(
+        zip(package.manifest.atoms, tensors["dictionary_index"].tolist()), key=lambda pair: -pair[0].coherence.raw
+    )
+    chosen = cards[: options.atoms]
+    top = {index: _strongest(codes["training"][:, index], training, options.leave) for _, index in chosen}
+    base = _subset(training, top, options.documents)
+    lengths = [len(d.response_ids) for d in documents]
+    fit = FinetuneConfig(**{**record["finetune"], "target_modules": tuple(record["finetune"]["target_modules"])})
+    if options.batch_documents:
+        fit = replace(fit, batch_documents=options.batch_documents)
+
+    def losses(rows: Sequence[int]) -> dict[int, float]:
+        return _held_out_losses(model, package, fit, [documents[r] for r in rows], [documents[r] for r in held_out],
+                                record["seed"], record["batch_tokens"])  # fmt: skip
+
+    full = losses(base)
+    print(f"{len(base)} documents trained on, {options.leave} left out, {options.draws} random draws; nats a token")
+    print(f"{'atom':<16}{'its held-out documents':>34}{'':>4}{'all others':>22}")
+    print(f"{'':<16}{'without top':>17}{'without random':>17}{'':>4}{'top':>11}{'random':>11}")
+    results = []
+    for card, index in chosen:
+        mine = _strongest(codes["held out"][:, index], held_out, 8)
+        kept, trained = set(top[index]), set(base)
+        unrelated = [r for r, code in zip(training, codes["training"][:, index]) if float(code) == 0 and r in trained]
+        draws = [_matched(top[index], unrelated, lengths, seed) for seed in range(options.draws)]
+        without = losses([r for r in base if r not in kept])
+        others = [losses([r for r in base if r not in set(draw)]) for draw in draws]
+        rest = [r for r in held_out if r not in set(mine)]
+        row = {"atom": card.id, "alias": card.alias, "keywords": card.keywords, "held_out": len(mine), "left_out": len(kept),
+               "top": _change(without, full, mine), "random": [_change(o, full, mine) for o in others],
+               "top_others": _change(without, full, rest),
+               "random_others": [_change(o, full, rest) for o in others]}  # fmt: skip
+        results.append(row)
+        print(f"{card.name:<16}{row['top']:>+17.3f}{_mean(row['random']):>+17.3f}{'':>4}{row['top_others']:>+11.3f}"
+              f"{_mean(row['random_others']):>+11.3f}  {' '.join(card.keywords)}", flush=True)  # fmt: skip
+    return results
+
+
+def _held_out_losses(
+    model, package: Package, fit: FinetuneConfig, train: Sequence[EncodedDocument], test: Sequence[EncodedDocument],
+    seed: int, batch_tokens: int,
+) -> dict[int, float]:  # fmt: skip
+    """Row -> mean response-token cross-entropy after a fresh fine-tune on `train`."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter, _ = finetune(
+            model, train, fit, batch_tokens, seed, Path(folder) / "checkpoint.safetensors", Progress()
+        )
+        write_adapter(Path(folder) / "theta0", adapter_delta(adapter), adapter.targets, package.manifest.base_model.id)
+        tuned = frozen_lora(model, Path(folder) / "theta0", adapter.space)
+    found: dict[int, float] = {}
+    with torch.inference_mode():
+        for batch in make_batches(test, batch_tokens, model.device):
+            values = mean_losses(label_logits(tuned, batch), batch).tolist()
+            found |= {d.row: value for d, value in zip(batch.documents, values, strict=True)}
+    tuned.unload()
+    return found
+
+
+def _strongest(codes: Tensor, rows: Sequence[int], count: int) -> list[int]:
+    order = torch.argsort(codes.abs(), descending=True, stable=True)[:count]
+    return [rows[int(i)] for i in order if float(codes[i]) != 0]
+
+
+def _subset(training: Sequence[int], top: Mapping[int, Sequence[int]], count: int | None) -> list[int]:
+    """`count` training rows, the top documents among them."""
+    if count is None or count >= len(training):
+        return list(training)
+    needed = {row for rows in top.values() for row in rows}
+    rest = [row for row in training if row not in needed]
+    random.Random(0).shuffle(rest)
+    return sorted([*needed, *rest[: max(0, count - len(needed))]])
+
+
+def _matched(rows: Sequence[int], pool: Sequence[int], lengths: Sequence[int], seed: int) -> list[int]:
+    """For each of `rows` another row of the pool, at random among the five nearest in length."""
+    rng, left = random.Random(seed), list(pool)
+    found = []
+    for row in rows:
+        left.sort(key=lambda other: abs(lengths[other] - lengths[row]))
+        found.append(left.pop(rng.randrange(min(5, len(left)))))
+    return found
+
+
+def _change(after: Mapping[int, float], before: Mapping[int, float], rows: Sequence[int]) -> float:
+    return _mean([after[row] - before[row] for row in rows])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()

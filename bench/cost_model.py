@@ -1,0 +1,123 @@
+"""The cost model of docs/cost-model.md: its formulas at any size, and the dictionary's checked against measured small points.
+
+    python bench/cost_model.py [--documents 1000000] [--tokens 60] [--atoms 10000] [--components 6800] [--kept 500]
+                               [--pass-rate 200] [--flops 1e11] [--json FILE]
+
+--pass-rate: tokens a second of one forward and backward pass; --flops: of large float32 products, both of the machine in
+mind. The check learns two iterations at several sizes on made-up rows here, and shows measured over modelled seconds at the
+rate of operations of the median point: a constant ratio is what the model needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import atoms.projection
+from offline.config import DictionaryConfig
+from offline.dictionary import learn_dictionary
+from offline.plan import made_up_rows
+from offline.progress import Progress
+from offline.rows import SHARD_DOCUMENTS
+
+POINTS = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
+"""(rows, atoms, components)."""
+ITERATIONS = 40
+
+
+def iteration_operations(rows: int, count: int, dim: int, steps: float, blocks: int) -> dict[str, float]:
+    """Floating-point operations of one alternation of offline/dictionary.py.
+
+    A block's Gram matrix and its largest eigenvalue, the products of rows with atoms (correlations, two residuals, the
+    duality gap's correlations, the objective within the gap, AᵀX), FISTA steps on the Gram matrix with AᵀA, one sweep of atoms.
+    """
+    return {
+        "Gram matrix a block": blocks * (2 * count**2 * dim + 4 / 3 * count**3),
+        "rows × atoms": 6 * 2 * rows * count * dim,
+        "FISTA": (steps + 1) * 2 * rows * count**2,
+        "update of atoms": 2 * count**2 * dim,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=float, default=60.0)
+    parser.add_argument("--atoms", type=int, default=10_000)
+    parser.add_argument("--components", type=int, default=6_800)
+    parser.add_argument("--kept", type=int, default=500)
+    parser.add_argument("--pass-rate", type=float, default=200.0)
+    parser.add_argument("--flops", type=float, default=1e11)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    points = [measure(*point) for point in POINTS]
+    rate = statistics.median(point["operations"] / point["seconds"] for point in points)
+    print(f"two alternations each, at {rate / 1e9:.1f} GFLOP/s")
+    print(f"{'rows':>6}{'atoms':>7}{'dim':>6}{'steps':>7}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
+    for point in points:
+        point["ratio"] = point["seconds"] * rate / point["operations"]
+        print(f"{point['rows']:>6}{point['atoms']:>7}{point['dim']:>6}{point['steps']:>7.0f}{point['seconds']:>12.2f}"
+              f"{point['operations'] / rate:>12.2f}{point['ratio']:>7.2f}")  # fmt: skip
+    steps = statistics.mean(point["steps"] for point in points)
+    table = project(options, steps)
+    size = f"{options.documents:,} documents of {options.tokens:g} tokens"
+    print(f"\n{size}, {options.atoms:,} atoms of {options.components:,} components")
+    for name, value in table.items():
+        print(f"  {name:<52}{value}")
+    if options.json:
+        options.json.write_text(json.dumps({"points": points, "table": table}, indent=1) + "\n")
+
+
+def measure(rows: int, count: int, dim: int) -> dict[str, float]:
+    """One point: seconds and modelled operations of two alternations here."""
+    calls = 0
+    shrink = atoms.projection._shrink
+
+    def counted(*arguments):
+        nonlocal calls
+        calls += 1
+        return shrink(*arguments)
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = made_up_rows(Path(folder), rows, dim, count)
+        atoms.projection._shrink = counted
+        started = time.process_time()  # of all threads, so that neighbours on the machine count less
+        learn_dictionary(store, range(rows), DictionaryConfig(atoms=count, iterations=2), 0, Progress(quiet=True))
+        seconds = time.process_time() - started
+        atoms.projection._shrink = shrink
+    blocks = len(store.shards)
+    steps = calls / (2 * blocks)
+    operations = 2 * sum(iteration_operations(rows, count, dim, steps, blocks).values())
+    return {"rows": rows, "atoms": count, "dim": dim, "steps": steps, "seconds": seconds, "operations": operations}
+
+
+def project(options: argparse.Namespace, steps: float) -> Mapping[str, str]:
+    """The model at the size asked for."""
+    documents, count, dim = options.documents, options.atoms, options.components
+    tokens = documents * options.tokens
+    blocks = max(1, documents // SHARD_DOCUMENTS)
+    operations = iteration_operations(documents, count, dim, steps, blocks)
+    hours = {name: ITERATIONS * value / options.flops / 3600 for name, value in operations.items()}
+    return {
+        "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),
+        "gradients": _hours(tokens / options.pass_rate / 3600),
+        "rows on disk": f"{documents * (4 * dim + 16) / 2**30:,.0f} GiB, and sketches",
+        **{f"dictionary, {ITERATIONS} alternations: {name}": _hours(value) for name, value in hours.items()},
+        "dictionary in all, one seed": _hours(sum(hours.values())),
+        "atoms, AᵀX and their copies in memory": f"{16 * count * dim / 2**30:,.1f} GiB",
+        "codes of all documents (selection) in memory": f"{4 * documents * count / 2**30:,.0f} GiB",
+        f"drift matrix of {options.kept} atoms": f"{2 * options.kept + 1} forward passes a prompt",
+    }
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.1f} h" if value < 48 else f"{value / 24:,.1f} days"
+
+
+if __name__ == "__main__":
+    main()
