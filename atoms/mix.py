@@ -14,10 +14,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from atoms.errors import CoefficientError, MixError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COEFFICIENT_STEP = 1e-4
 """Coefficients are rounded to this step before they are composed or hashed."""

@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from clients import database, experiment, preset
+
 app = typer.Typer(
     name="atomsteer",
     no_args_is_help=True,
@@ -20,6 +22,10 @@ app = typer.Typer(
     add_completion=False,
     help="Finds a model's behaviours as atoms and serves any mix of them, per request, through an OpenAI-compatible API.",
 )
+
+app.add_typer(experiment.app, name="experiment")
+app.add_typer(preset.app, name="preset")
+app.add_typer(database.app, name="db")
 
 PackageArgument = Annotated[Path, typer.Argument(metavar="PKG", help="Directory of a package.", show_default=False)]
 PackageOption = Annotated[Path, typer.Option("--package", help="Directory of a package.", show_default=False)]

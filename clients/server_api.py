@@ -1,0 +1,74 @@
+"""A server's own routes over HTTP, for commands: requests and answers as plain data, errors as one exception."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx2 as httpx
+
+from atoms.errors import AtomsteerError
+
+TIMEOUT = 60.0
+
+
+class ServerAnswerError(AtomsteerError):
+    """The server could not be reached, or refused; the message is its own. `status` is None where there was no answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerAPI:
+    """The server at `url` (with or without ``/v1``), asked with `key`. Use it as a context manager."""
+
+    def __init__(self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        base = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=f"{base}/v1/", headers=headers, timeout=TIMEOUT, transport=transport)
+        self._url = base
+
+    def __enter__(self) -> ServerAPI:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None, **query: Any) -> dict[str, Any]:
+        """The JSON answer of ``/v1/{path}``. Raises ServerAnswerError."""
+        answer = self._request(method, path, body, query)
+        try:
+            result: dict[str, Any] = answer.json()
+        except ValueError:
+            raise ServerAnswerError(
+                f"{self._url} answered something that is not JSON; is it an atomsteer server?"
+            ) from None
+        return result
+
+    def download(self, path: str, out: Path, **query: Any) -> None:
+        """Writes the answer's bytes to `out`, whole or not at all. Raises ServerAnswerError, StorageError."""
+        from atoms.storage import write_bytes
+
+        write_bytes(out, self._request("GET", path, None, query).content)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any]) -> httpx.Response:
+        try:
+            answer = self._client.request(method, path, json=body, params=query)
+        except httpx.HTTPError as error:
+            raise ServerAnswerError(
+                f"{self._url} cannot be reached ({error}); start the server, or give another --server"
+            ) from error
+        if answer.is_error:
+            raise ServerAnswerError(_message(answer), answer.status_code)
+        return answer
+
+
+def _message(answer: httpx.Response) -> str:
+    try:
+        return f"{answer.json()['error']['message']} (status {answer.status_code})"
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered with status {answer.status_code}"

@@ -1,0 +1,199 @@
+"""`atomsteer experiment`, `preset` and `db` against a server on a real socket."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+
+from atoms.package import Package
+from clients.cli import main
+from clients.experiment_spec import arms, guardrails, metrics, planned_units
+from server.config import ServeConfig
+from server.context import Traffic
+from server.embedded.app import create_app
+from server.embedded.scripted import ScriptedEngine
+from server.embedded.serve import draining_server, reserve_port
+from server.state import State
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`cli("experiment", "list")`: exit status, standard output, standard error of the command."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["atomsteer", *map(str, arguments)])
+        capsys.readouterr()  # what the server in this process said
+        with pytest.raises(SystemExit) as exit_status:
+            main()
+        output = capsys.readouterr()
+        return int(exit_status.value.code or 0), output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def url(
+    package: Package, config: ServeConfig, engine: ScriptedEngine, sqlite_state: State, wait_for: Callable[..., bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:  # fmt: skip
+    """A running server with keys, which the commands find through the environment."""
+    locked, traffic = replace(config, api_keys=("client",), admin_keys=("boss",)), Traffic()
+    app = create_app(package, engine, locked, traffic=traffic, state=sqlite_state)
+    listener = reserve_port("127.0.0.1", 0)
+    server = draining_server(app, engine, traffic, 5.0, "ready")
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setenv("ATOMSTEER_SERVER", address)
+    monkeypatch.setenv("ATOMSTEER_ADMIN_KEY", "boss")
+    try:
+        assert wait_for(lambda: server.started)
+        yield address
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def ask(url: str, units: int, like: Callable[[str], float]) -> None:
+    """One chat for each of `units` units, and thumbs by their arms, some at a time."""
+    with httpx.Client(base_url=f"{url}/v1", headers={"Authorization": "Bearer client"}) as client:
+        reports = []
+        for n in range(units):
+            body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "user": f"u{n}",
+                    "steering": {"experiment": "tone"}}  # fmt: skip
+            answer = client.post("/chat/completions", json=body).json()
+            value = like(answer["steering"]["arm"])
+            reports.append({"response_id": answer["id"], "metric": "thumbs", "value": value})
+            if len(reports) == 10:
+                assert client.post("/experiments/tone/outcomes", json={"outcomes": reports}).status_code == 200
+                reports.clear()
+
+
+def test_presets(cli: Cli, url: str, ids: list[str]) -> None:
+    assert cli("preset", "set", "brief", "--mix", "list=1.5", "--description", "short [answers]")[:2] == (
+        0, f"brief is at version 1: {ids[0]}=1.5\n",
+    )  # fmt: skip
+    status, out, _ = cli("preset", "list")
+    assert status == 0
+    assert re.search(rf"brief\s*│ 1\s*│ {ids[0]}=1.5\s*│ 0.11[23]\s*│ short \[answers\]", out)
+    assert re.search(r"polite\s*│ fixed", out)
+    assert json.loads(cli("preset", "list", "--json")[1])["data"][2]["name"] == "brief"
+    assert cli("preset", "set", "brief", "--mix", "list=2", "--if-version", 7)[0] == 2
+    assert cli("preset", "delete", "brief")[1] == "brief is deleted\n"
+    status, _, error = cli("preset", "delete", "brief")
+    assert (status, error) == (2, "error: preset 'brief' is not in the database (status 404)\n")
+
+
+def test_an_experiment_from_plan_to_promotion(cli: Cli, url: str, ids: list[str], tmp_path: Path) -> None:
+    status, out, _ = cli("experiment", "create", "tone", "--arm", "plain=", "--arm", "listed=list=2", "--arm", "nice=@polite",
+                         "--metric", "thumbs:proportion", "--guardrail", "error<0.5", "--horizon", 300, "--start")  # fmt: skip
+    assert status == 0, out
+    assert "tone: running" in out and "plain (control)" in out and f"{ids[0]}=2" in out
+    ask(url, 160, lambda arm: float(arm == "listed"))
+
+    page, first = tmp_path / "report.html", cli("experiment", "report", "tone")
+    assert "thumbs: listed is better: +1 [" in first[1]
+    assert re.search(r"thumbs \(primary\)", first[1])
+    report = json.loads(cli("experiment", "report", "tone", "--json", "--html", page, "--looks", 8)[1])
+    assert sum(report["units"].values()) == 160
+    check_page(page.read_text(), report)
+
+    assert "coverage 50%" in cli("experiment", "ramp", "tone", 0.5)[1]
+    assert "tone: stopped (clear enough)" in cli("experiment", "stop", "tone", "--reason", "clear enough")[1]
+    assert cli("experiment", "promote", "tone", "listed", "winner")[1] == f"winner is at version 1: {ids[0]}=2\n"
+    assert re.search(r"tone\s*│ stopped", cli("experiment", "list")[1])
+    assert json.loads(cli("experiment", "status", "tone", "--json")[1])["stop_reason"] == "clear enough"
+
+    assert cli("experiment", "export", "tone", "--out", tmp_path / "data")[0] == 0
+    assert pq.read_table(tmp_path / "data" / "tone-outcomes.parquet").num_rows == 160
+    assert cli("experiment", "forget", "u1")[1] == "3 records of u1 are deleted\n"
+    assert cli("experiment", "delete", "tone")[1] == "tone is deleted\n"
+
+
+def check_page(page: str, report: dict) -> None:
+    """Well formed, nothing from outside, the plots there, and every interval of the report within its drawing."""
+    for outside in ("http:", "https:", "<script", "@import", "url("):
+        assert outside not in page
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    plots = {svg.attrib["aria-label"]: svg for svg in map(ElementTree.fromstring, drawings)}
+    forest = plots["Differences of thumbs to the control with intervals"]
+    bars = [line for line in forest.iter("line") if "stroke" in line.attrib]
+    differences = report["metrics"][0]["differences"]
+    assert len(bars) == len(differences) == 2
+    zero = next(float(line.attrib["x1"]) for line in forest.iter("line") if line.attrib.get("class") == "zero")
+    for bar, found in zip(bars, differences, strict=True):
+        left, right = float(bar.attrib["x1"]), float(bar.attrib["x2"])
+        assert 150 <= left < right <= 740
+        assert (left > zero) == (found["low"] > 0) and (right < zero) == (found["high"] < 0)
+    assert any("against units" in label for label in plots), "the plot over time is missing"
+
+
+def test_a_spec_from_a_file(cli: Cli, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"arms": [{"name": "a", "atoms": {}}], "holdout": 0.5, "unit": "header:X-User"}))
+    created = json.loads(cli("experiment", "create", "tone", "--file", file, "--json")[1])
+    assert (created["status"], created["control"], created["unit"]) == ("draft", "holdout", "header:X-User")
+    file.write_text("[")
+    assert cli("experiment", "create", "tone", "--file", file)[0] == 2
+    started = cli("experiment", "start", "tone")
+    assert started[0] == 0 and "tone: running" in started[1]
+
+
+def test_a_server_that_is_away_or_another_is_said(cli: Cli, url: str, unused_tcp_port: int) -> None:
+    status, _, error = cli("experiment", "list", "--server", f"http://127.0.0.1:{unused_tcp_port}")
+    assert status == 2 and "cannot be reached" in error
+    status, _, error = cli("experiment", "list", "--key", "client")
+    assert status == 2 and "admin key" in error
+    assert "not JSON" in cli("experiment", "list", "--server", f"{url}/metrics?x=")[2]
+
+
+def test_plan(cli: Cli) -> None:
+    status, out, _ = cli("experiment", "plan", "--rate", 0.3, "--effect", 0.1, "--arms", 3)
+    units = planned_units(0.1, rate=0.3, deviation=None, arms=3, power=0.8, alpha=0.05)
+    assert status == 0 and out.startswith(f"{units} units in all")
+    assert units > planned_units(0.1, rate=0.3, deviation=None, arms=2, power=0.8, alpha=0.05)
+    for bad in (("--effect", 0.1), ("--rate", 0.3, "--deviation", 1, "--effect", 1), ("--rate", 0.3, "--effect", 0.9),
+                ("--deviation", 1, "--effect", 0), ("--rate", 0.3, "--effect", 0.1, "--power", 1)):  # fmt: skip
+        assert cli("experiment", "plan", *bad)[0] == 2
+
+
+def test_short_forms() -> None:
+    assert arms(["a=", "b=x=1,y=-2", "c=@brief"]) == [
+        {"name": "a", "atoms": {}}, {"name": "b", "atoms": {"x": 1.0, "y": -2.0}}, {"name": "c", "preset": "brief"},
+    ]  # fmt: skip
+    assert metrics(["a", "b:proportion:zero", "c:decrease"]) == [
+        {"name": "a"}, {"name": "b", "kind": "proportion", "missing": "zero"}, {"name": "c", "goal": "decrease"},
+    ]  # fmt: skip
+    assert guardrails(["error<0.1", "latency_seconds < +0.5", "detector:json<1e-2"]) == [
+        {"metric": "error", "max": 0.1}, {"metric": "latency_seconds", "max_increase": 0.5},
+        {"metric": "detector:json", "max": 0.01},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [("--arm", "a"), ("--metric", "a:median"), ("--guardrail", "error>1"),
+                                       ("--guardrail", "error<."), ("--arm", "a=x")])  # fmt: skip
+def test_bad_short_forms_are_refused(cli: Cli, arguments: tuple[str, str]) -> None:
+    status, _, error = cli("experiment", "create", "x", *arguments)
+    assert status == 2 and "Traceback" not in error
+
+
+def test_db_upgrade(cli: Cli, new_postgresql: str, tmp_path: Path) -> None:
+    for url in (new_postgresql, f"sqlite:///{tmp_path}/a.db"):
+        assert "came from nothing" in cli("db", "upgrade", "--database", url)[1]
+        assert "has been there already" in cli("db", "upgrade", "--database", url)[1]
+    assert cli("db", "upgrade", "--database", "mysql://x/y")[0] == 2
