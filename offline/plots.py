@@ -84,9 +84,11 @@ class Figure:
         if y_label:
             self.text(x.start - _GAP, y.stop - 7, y_label, "start", "axis")
 
-    def render(self) -> Markup:
+    def render(self, widest: float | None = None) -> Markup:
+        """The SVG, as wide as its place on the page; with `widest`, at most so many times its own size."""
+        limit = {"style": f"max-width: {_px(widest * self.width)}px"} if widest else {}
         return element("svg", Markup("").join(self.parts), viewBox=f"0 0 {_px(self.width)} {_px(self.height)}", role="img",
-                       aria_label=self.label, preserveAspectRatio="xMidYMid meet")  # fmt: skip
+                       aria_label=self.label, preserveAspectRatio="xMidYMid meet", **limit)  # fmt: skip
 
 
 def element(tag: str, content: str | Markup = "", **attributes: object) -> Markup:

@@ -225,7 +225,7 @@ def _null(card: AtomCard) -> Markup | None:
     figure.add("circle", cx=f"{x(value):.1f}", cy=24, r=5, class_="dot")
     figure.text(x(mean), 11, f"random {mean:.3f}", "start" if x(mean) < 60 else "middle")
     if abs(x(value) - x(mean)) > 90:
-        figure.text(min(x(value), 320), 11, f"atom {value:.3f}", "middle")
+        figure.text(min(x(value) + 32, 336), 11, f"atom {value:.3f}", "end")
     for tick in x.ticks(4):
         figure.text(x(tick), 44, f"{tick:g}", "middle")
     return figure.render()
@@ -377,7 +377,7 @@ def _together(cards: Sequence[AtomCard], drift: Tensor) -> Markup:
             told = element("title", f"{name} with {names[k]}: {value:+.2f}")
             figure.add("rect", told, x=left + cell * k, y=5 + cell * j, width=cell, height=cell,
                        class_=f"cell {'plus' if value >= 0 else 'minus'}", style=f"--t:{100 * abs(value):.0f}")  # fmt: skip
-    return figure.render()
+    return figure.render(widest=1.4)
 
 
 def _stages(timings: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
