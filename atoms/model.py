@@ -112,11 +112,16 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        picks = torch.linspace(0, flat.numel() - 1, min(_FINGERPRINT_SAMPLES, flat.numel()), dtype=torch.float64)
-        sample = flat[picks.long().to(flat.device)].to("cpu", torch.bfloat16).float()
-        digest.update(name.encode() + sample.numpy().tobytes())
+        digest.update(name.encode() + sample_weight(parameter))
     return digest.hexdigest()
+
+
+def sample_weight(parameter: torch.Tensor) -> bytes:
+    """What one parameter adds to `weights_fingerprint`."""
+    flat = parameter.detach().reshape(-1)
+    picks = torch.linspace(0, flat.numel() - 1, min(_FINGERPRINT_SAMPLES, flat.numel()), dtype=torch.float64)
+    sample = flat[picks.long().to(flat.device)].to("cpu", torch.bfloat16).float()
+    return sample.numpy().tobytes()
 
 
 def find_linear(model: nn.Module, name: str) -> nn.Linear:

@@ -272,7 +272,9 @@ def serve(
         list[str] | None, typer.Option("--preset", help='A named mix, "name=atom=coefficient,…"; repeat for more.')
     ] = None,
     default_mix: Annotated[str | None, typer.Option(help="Mix of requests that say nothing of steering.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 16,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Sequences decoded at once; default: 16, and 256 with vLLM.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Sequences that may wait before requests are refused.")] = 256,
     prefill_tokens_per_step: Annotated[
@@ -304,6 +306,12 @@ def serve(
     ] = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    engine: Annotated[
+        str, typer.Option(help="transformers (the embedded server), or vllm where that is installed.")
+    ] = "transformers",
+    vllm_options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="With --engine vllm: options of `vllm serve`.")
+    ] = None,
 ) -> None:
     """Serve a package through an OpenAI-compatible API on transformers."""
     import os
@@ -311,9 +319,14 @@ def serve(
     from server.config import ServeConfig
     from server.limits import Limits
 
+    if engine not in ("transformers", "vllm"):
+        raise typer.BadParameter(f"{engine!r} is not transformers or vllm", param_hint="--engine")
+    if vllm_options and engine != "vllm":
+        raise typer.BadParameter(f"{vllm_options[0]!r} is an option of vLLM; add --engine vllm")
     config = ServeConfig(
         package=package, model=model, host=host, port=port, api_keys=tuple(api_key or ()), admin_keys=tuple(admin_key or ()),
-        served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix, slots=max_num_seqs,
+        served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix,
+        slots=max_num_seqs if max_num_seqs is not None else 256 if engine == "vllm" else 16,
         max_model_len=max_model_len, max_waiting=max_waiting, prefill_tokens_per_step=prefill_tokens_per_step,
         cors_origins=tuple(cors_origin or ()), shutdown_timeout=shutdown_timeout, access_log=access_log, device=device,
         dtype=dtype, allow_training_text=not no_training_text, database=database,
@@ -321,6 +334,10 @@ def serve(
                       max_messages=max_messages, max_body_bytes=max_body_bytes, max_stop=max_stop,
                       max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias),
     ).with_environment(os.environ)  # fmt: skip
+    if engine == "vllm":
+        from server.vllm.serve import serve as serve_in_vllm
+
+        serve_in_vllm(config, vllm_options or [])
     _quiet_libraries()
     from server.embedded.serve import serve as run
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoms.errors import EngineStoppedError
 from server.errors import ClientDisconnectedError, error_kind
-from server.metrics import ServerMetrics
+from server.metrics import SteeringMetrics
 from server.responses import error_response
 from server.steering import ResolvedSteering
 
@@ -59,7 +59,7 @@ class Traffic:
 class RequestContextMiddleware:
     """Puts a `RequestContext` into ``scope["state"]["context"]`` and closes it when the response has ended."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic, metrics: ServerMetrics, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, traffic: Traffic, metrics: SteeringMetrics, access_log: bool) -> None:
         self._app = app
         self._traffic = traffic
         self._metrics = metrics

@@ -27,20 +27,11 @@ _BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75
 _KL = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 2.0, 5.0)
 
 
-class ServerMetrics:
-    """What is counted. `stats` is read at each scrape."""
+class SteeringMetrics:
+    """What is counted of steering, on either server. `registry` None is one of its own."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._model_name = model_name
-        registry.register(_LoadCollector(model_name, stats))
-        label = ("model_name",)
-        prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens processed", label, registry=registry)
-        generated = Counter("vllm:generation_tokens", "Tokens generated", label, registry=registry)
-        self._prompt_tokens, self._generated = prompt_tokens.labels(model_name), generated.labels(model_name)
-        self._first_token = self._seconds("vllm:time_to_first_token_seconds", "To the first token", _FIRST_TOKEN)
-        self._latency = self._seconds("vllm:e2e_request_latency_seconds", "Request to last token", _LATENCY)
-        self._gap = self._seconds("vllm:inter_token_latency_seconds", "From token to token", _BETWEEN_TOKENS)
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self._registry = registry = registry or CollectorRegistry()
         self._requests = Counter(
             "atomsteer_requests", "Generation requests", ("preset", "experiment", "arm", "status"), registry=registry
         )
@@ -75,6 +66,28 @@ class ServerMetrics:
             self._steering_errors.labels(error_kind(error).code).inc()
             raise
 
+    def request_finished(self, steering: ResolvedSteering | None, status: int, seconds: float) -> None:
+        """A generation request ended; `status` is 500 where a stream broke off and 499 where the client left."""
+        labels = (steering.preset, steering.experiment, steering.arm) if steering else (None, None, None)
+        self._requests.labels(*(label or "" for label in labels), str(status)).inc()
+
+
+class ServerMetrics(SteeringMetrics):
+    """What the embedded server counts. `stats` is read at each scrape."""
+
+    def __init__(self, model_name: str, stats: Callable[[], EngineStats]) -> None:
+        super().__init__()
+        registry = self._registry
+        self._model_name = model_name
+        registry.register(_LoadCollector(model_name, stats))
+        label = ("model_name",)
+        prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens processed", label, registry=registry)
+        generated = Counter("vllm:generation_tokens", "Tokens generated", label, registry=registry)
+        self._prompt_tokens, self._generated = prompt_tokens.labels(model_name), generated.labels(model_name)
+        self._first_token = self._seconds("vllm:time_to_first_token_seconds", "To the first token", _FIRST_TOKEN)
+        self._latency = self._seconds("vllm:e2e_request_latency_seconds", "Request to last token", _LATENCY)
+        self._gap = self._seconds("vllm:inter_token_latency_seconds", "From token to token", _BETWEEN_TOKENS)
+
     def sequence_started(self, prompt_tokens: int, seconds: float) -> None:
         """A sequence's first token came, `seconds` after the request."""
         self._prompt_tokens.inc(prompt_tokens)
@@ -88,9 +101,7 @@ class ServerMetrics:
                 self._gap.observe(gap / count)
 
     def request_finished(self, steering: ResolvedSteering | None, status: int, seconds: float) -> None:
-        """A generation request ended; `status` is 500 where a stream broke off and 499 where the client left."""
-        labels = (steering.preset, steering.experiment, steering.arm) if steering else (None, None, None)
-        self._requests.labels(*(label or "" for label in labels), str(status)).inc()
+        super().request_finished(steering, status, seconds)
         if status == 200:
             self._latency.observe(seconds)
 

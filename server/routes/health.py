@@ -10,13 +10,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from atoms.manifest import Manifest
-from server.metrics import ServerMetrics
+from server.metrics import SteeringMetrics
 from server.responses import JSONResponse
 
 
-def health_router(manifest: Manifest, metrics: ServerMetrics, is_ready: Callable[[], bool]) -> APIRouter:
-    """`/health` says that the process answers; `/ready` that it may be sent work."""
+def health_router(manifest: Manifest, metrics: SteeringMetrics, is_ready: Callable[[], bool]) -> APIRouter:
+    """`/health` says that the process answers; `/ready` that it may be sent work, and that it steers: a vLLM server
+    without the plugin has no such route."""
     router = APIRouter()
+    identity = {"package": manifest.name, "package_version": manifest.version}
 
     @router.get("/health", response_model=None)
     async def health() -> Response:
@@ -25,15 +27,14 @@ def health_router(manifest: Manifest, metrics: ServerMetrics, is_ready: Callable
     @router.get("/ready", response_model=None)
     async def ready() -> Response:
         if is_ready():
-            return JSONResponse({"status": "ready"})
+            return JSONResponse({"status": "ready", "steering": {"active": True, **identity}})
         return JSONResponse({"status": "not ready"}, 503, headers={"Retry-After": "5"})
 
     @router.get("/version", response_model=None)
     async def show_version() -> Response:
         return JSONResponse({
             "version": software_version(),
-            "package": manifest.name,
-            "package_version": manifest.version,
+            **identity,
             "format": manifest.format_version,
         })  # fmt: skip
 

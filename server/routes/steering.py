@@ -9,14 +9,14 @@ from starlette.responses import Response
 from server.body import read_json
 from server.errors import InvalidFieldError
 from server.experiments.spec import Subject
-from server.metrics import ServerMetrics
+from server.metrics import SteeringMetrics
 from server.responses import JSONResponse
 from server.steering import Steering
 
 _FIELDS = ("steering", "model", "user", "metadata")
 
 
-def preview_router(steering: Steering, metrics: ServerMetrics) -> APIRouter:
+def preview_router(steering: Steering, metrics: SteeringMetrics) -> APIRouter:
     """The body is ``{"steering": {...}, "model": "name:preset"}``, and ``user`` or ``metadata`` for an experiment; all
     optional, other fields are refused. Nothing is recorded."""
     router = APIRouter()

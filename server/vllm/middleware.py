@@ -1,0 +1,280 @@
+"""Around vLLM's own routes: the body's `steering` becomes the request's mix, and the answer says what it was.
+
+    body  ->  Steering.resolve  ->  `current`, which the engine's `generate` reads  ->  vLLM  ->  echo in the answer
+
+Bodies and answers are vLLM's; only the echo is put in, as bytes, so that nothing else is parsed or changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import from_json
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from atoms.errors import AtomsteerError, EngineStoppedError
+from server.context import RequestContext, Traffic
+from server.errors import InvalidFieldError, UnsupportedFieldError, error_body
+from server.experiments.recording import Choice, FinishedResponse, Recorder
+from server.experiments.spec import Subject
+from server.metrics import SteeringMetrics
+from server.responses import error_response
+from server.steering import ResolvedSteering, Steering
+
+STEERED_PATHS = frozenset({
+    "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
+})  # fmt: skip
+_OUR_PATHS = ("/v1/steering/", "/v1/presets", "/v1/experiments", "/v1/units/", "/v1/atoms")
+current: ContextVar[SteeredCall | None] = ContextVar("atomsteer_call", default=None)
+"""The request that this task works for. Tasks started for it inherit it."""
+
+
+@dataclass
+class SteeredCall:
+    """One request on its way through vLLM. `choices` is what the engine has generated for it, if it is recorded."""
+
+    steering: ResolvedSteering
+    model: str
+    prompt: str = ""
+    choices: dict[tuple[str, int], Choice] = field(default_factory=dict)
+    first_token_seconds: float | None = None
+    context: RequestContext | None = None
+
+    def observe(self, sequence: str, index: int, text: str, tokens: int, finish_reason: str | None) -> None:
+        """`text` and `tokens` were added to output `index` of `sequence`."""
+        if self.first_token_seconds is None and self.context is not None:
+            self.first_token_seconds = self.context.seconds
+        before = self.choices.get((sequence, index), Choice("", 0, "", self.prompt))
+        self.choices[sequence, index] = Choice(before.text + text, before.tokens + tokens,
+                                               finish_reason or before.finish_reason, self.prompt)  # fmt: skip
+
+
+class SteeringMiddleware:
+    """Innermost of ours: keys and the size of the body have been looked at, and the context is there.
+
+    `stopped` is set once the engine has been stopped: what it leaves unanswered then ends with an error. (vLLM itself
+    would wait for such a request's client to hang up, for ever.)
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        steering: Steering,
+        metrics: SteeringMetrics,
+        traffic: Traffic,
+        recorder: Recorder | None,
+        stopped: asyncio.Event,
+    ) -> None:
+        self._app = app
+        self._stopped = stopped
+        self._steering = steering
+        self._metrics = metrics
+        self._traffic = traffic
+        self._recorder = recorder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].startswith(_OUR_PATHS):
+            return await self._app(scope, receive, send)
+        try:
+            replayed, data = await _read(receive)
+            body = _json_object(Headers(scope=scope), data)
+            call = self._open(scope, body)
+        except AtomsteerError as error:
+            return await error_response(error)(scope, receive, send)
+        token = current.set(call)
+        try:
+            await self._run(
+                scope, replayed, _Answer(call if scope["path"] in STEERED_PATHS else None, send, self._recorder)
+            )
+        finally:
+            current.reset(token)
+
+    async def _run(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        async def forward() -> None:
+            await self._app(scope, receive, answer.send)
+
+        work = asyncio.create_task(forward())
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            work.cancel()
+            await asyncio.wait({work})
+            await answer.break_off(scope, receive, EngineStoppedError("the server is shutting down"))
+        finally:
+            stopped.cancel()
+            work.cancel()
+
+    def _open(self, scope: Scope, body: Mapping[str, Any] | None) -> SteeredCall | None:
+        """The request's steering; None for a body that vLLM is to refuse or a path that does not generate."""
+        if scope["path"] not in STEERED_PATHS:
+            if body is not None and "steering" in body:
+                raise UnsupportedFieldError(f"{scope['path'][:80]} cannot be steered; the paths that can are "
+                                            f"{', '.join(sorted(STEERED_PATHS))}", "steering")  # fmt: skip
+            return self._default(scope)
+        context: RequestContext = scope["state"]["context"]
+        context.generates = True
+        self._traffic.refuse_if_draining()
+        if body is None:
+            return None
+        model = body.get("model") or self._steering.served_name
+        if not isinstance(model, str):
+            raise InvalidFieldError("model must be a text", "model")
+        user, metadata = body.get("user"), body.get("metadata")
+        subject = Subject(user if isinstance(user, str) else None, metadata if isinstance(metadata, dict) else {},
+                          Headers(scope=scope))  # fmt: skip
+        preset = self._steering.preset_of_model(model)
+        with self._metrics.counting_refusals():
+            resolved = self._steering.resolve(body.get("steering"), model_preset=preset, admin=scope["state"]["admin"],
+                                              subject=subject)  # fmt: skip
+        context.steering = resolved
+        self._metrics.steered(resolved)
+        if self._recorder is not None:
+            self._recorder.exposed(resolved.assignment)
+        return SteeredCall(resolved, model, _prompt(body), context=context)
+
+    def _default(self, scope: Scope) -> SteeredCall | None:
+        """Other paths that generate get the server's default mix."""
+        resolved = self._steering.resolve(None)
+        return SteeredCall(resolved, self._steering.served_name) if resolved.mix else None
+
+
+class _Answer:
+    """The answer on its way out. Its first message waits for the second, which may be of another length. Without a
+    `call` it passes as it is."""
+
+    def __init__(self, call: SteeredCall | None, send: Send, recorder: Recorder | None) -> None:
+        self._call = call
+        self._send = send
+        self._recorder = recorder if call is not None and call.steering.assignment is not None else None
+        self._begun = self._ended = False
+        self._start: Message | None = None
+        self._status = 0
+        self._is_stream = self._echoed = False
+        self._response_id: str | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start, self._status = message, message["status"]
+            return
+        if message["type"] == "http.response.body":
+            body, last = message.get("body", b""), not message.get("more_body")
+            if self._call is not None and not self._echoed and self._status == 200 and body:
+                message = {**message, "body": self._with_echo(self._call, body)}
+            if body or last:
+                await self._release()
+            if last:
+                self._record()
+                self._ended = True
+        await self._send(message)
+
+    async def break_off(self, scope: Scope, receive: Receive, error: Exception) -> None:
+        """Ends an answer that will not be finished: with the error's status, or with its event where a stream runs."""
+        if not self._begun:
+            await error_response(error)(scope, receive, self._send)
+        elif not self._ended:
+            event = b"data: " + json.dumps(error_body(error)).encode() + b"\n\n" if self._is_stream else b""
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+    def _with_echo(self, call: SteeredCall, body: bytes) -> bytes:
+        """`body` with the echo, where it begins the answer's (first) object."""
+        assert self._start is not None or self._is_stream
+        if self._start is not None:
+            headers = MutableHeaders(raw=self._start["headers"])
+            self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
+        echoed = with_echo(body, call.steering.echo(), is_stream=self._is_stream)
+        self._echoed = len(echoed) > len(body)
+        if self._echoed:
+            self._response_id = _find_id(body)
+        if self._start is not None and "content-length" in headers:
+            headers["content-length"] = str(int(headers["content-length"]) + len(echoed) - len(body))
+        return echoed
+
+    async def _release(self) -> None:
+        start, self._start = self._start, None
+        if start is not None:
+            self._begun = True
+            await self._send(start)
+
+    def _record(self) -> None:
+        if self._recorder is None or self._call is None or self._call.context is None:
+            return
+        recorder, self._recorder = self._recorder, None
+        choices = tuple(choice for _, choice in sorted(self._call.choices.items()))
+        if self._status == 200 and self._response_id is not None:
+            recorder.finished(self._call.steering.assignment, FinishedResponse(
+                self._response_id, choices, self._call.context.seconds, self._call.first_token_seconds))  # fmt: skip
+        elif self._status >= 500:
+            recorder.finished(self._call.steering.assignment, FinishedResponse(
+                self._call.context.request_id, (), self._call.context.seconds, status=self._status))  # fmt: skip
+
+
+def with_echo(body: bytes, echo: Mapping[str, object], *, is_stream: bool) -> bytes:
+    """`body` with `steering` as the first field of its object; of a stream, of its first event's object. A comment that
+    keeps a stream alive has none and stays as it is.
+
+    The first event of the responses API carries the response inside; there the echo is the response's field.
+    """
+    entry = b'"steering":' + json.dumps(echo, separators=(",", ":")).encode() + b","
+    opening = b"data: {" if is_stream else b"{"
+    if b'"type":"response.created"' in body:
+        opening = b'"response":{'
+    before, found, after = body.partition(opening)
+    return before + found + entry + after if found else body
+
+
+async def _read(receive: Receive) -> tuple[Receive, bytes]:
+    """The whole body, and a `receive` that gives it once more and then whatever comes."""
+    pieces: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    data = b"".join(pieces)
+    waiting: list[Message] = [{"type": "http.request", "body": data, "more_body": False}]
+    if more:
+        waiting.append(message)
+
+    async def replay() -> Message:
+        return waiting.pop(0) if waiting else await receive()
+
+    return replay, data
+
+
+def _json_object(headers: Headers, data: bytes) -> dict[str, Any] | None:
+    """None for what is no JSON object: vLLM refuses that in its own words."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return None
+    try:
+        value = from_json(data)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _prompt(body: Mapping[str, Any]) -> str:
+    """What the answer answers: the last message of the user, or the text to continue."""
+    if isinstance(body.get("prompt"), str):
+        return str(body["prompt"])
+    turns = body.get("messages", body.get("input"))
+    if isinstance(turns, str):
+        return turns
+    texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"
+             ] if isinstance(turns, list) else []  # fmt: skip
+    return texts[-1] if texts and isinstance(texts[-1], str) else ""
+
+
+def _find_id(body: bytes) -> str | None:
+    """The first `id` of an answer, which is the response's."""
+    _, found, rest = body.partition(b'"id":"')
+    return rest.partition(b'"')[0].decode() if found else None

@@ -1,0 +1,249 @@
+"""In every worker: LoRA request -> mix -> weights, composed from the resident atoms. Nothing is written or read.
+
+Two managers stand in for vLLM's own. `DenseManager` composes factors into vLLM's slots and leaves the rest, slicing for
+tensor parallelism included, to vLLM. `CoefficientManager` needs no slots of weights and no LoRA kernel: on CPUs vLLM's
+are slow, and give an unsteered row in a steered batch another row's adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from atoms.adapter import Adapter, AtomBank, Delta
+from atoms.errors import AdapterError, EngineError
+from atoms.mix import Mix
+from atoms.package import Package
+from server.vllm.coefficients import BankedLinear, CoefficientTable, FusedPart
+from server.vllm.identity import decode_path, digest_of_name, is_mix
+from server.vllm.upstream import (
+    LoRALayerWeights,
+    LoRAMapping,
+    LoRAModel,
+    LoRARequest,
+    LRUCacheLoRAModelManager,
+    LRUCacheWorkerLoRAManager,
+    PackedLoRALayerWeights,
+    VllmConfig,
+)
+
+
+class MixAdapter(LoRAModel):
+    """What a worker keeps of a mix: its id, digest and coefficients. Weights are composed when it gets a slot."""
+
+    def __init__(self, number: int, rank: int, mix: Mix, digest: str) -> None:
+        super().__init__(number, rank, {})
+        self.mix = mix
+        self.digest = digest
+
+
+def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
+    """The class that vLLM's model runner is to make its LoRA manager of."""
+
+    class SteeringWorkerManager(LRUCacheWorkerLoRAManager):
+        """Takes mixes of `package`, and nothing else."""
+
+        def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
+            self._mixes: dict[int, str] = {}
+            build = CoefficientManager if self.device.type == "cpu" else DenseManager
+            manager = build(
+                package,
+                model=model,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                vocab_size=self.vocab_size,
+                lora_config=self.lora_config,
+                device=self.device,
+                vllm_config=vllm_config,
+            )
+            self._adapter_manager = manager
+            return manager.model
+
+        def add_adapter(self, lora_request: LoRARequest) -> bool:
+            resident = self._adapter_manager.get_adapter(lora_request.lora_int_id)
+            if isinstance(resident, MixAdapter) and resident.digest != digest_of_name(lora_request.lora_name):
+                raise EngineError(
+                    f"id {lora_request.lora_int_id} belongs to mix {resident.digest} and came with "
+                    f"{lora_request.lora_name}; two API processes share a range of ids"
+                )
+            return super().add_adapter(lora_request)
+
+        def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+            if not is_mix(lora_request.lora_path):
+                raise EngineError(f"adapter {lora_request.lora_name!r} is no mix: this server steers with package "
+                                  f"{package.manifest.name!r} and takes no other LoRA adapters")  # fmt: skip
+            mix = decode_path(lora_request.lora_path)
+            digest = package.digest(mix)
+            if digest != digest_of_name(lora_request.lora_name):
+                raise EngineError(
+                    f"mix {lora_request.lora_name} has digest {digest} in this worker: it has another version of package "
+                    f"{package.manifest.name!r} than the API server; restart both"
+                )
+            return MixAdapter(lora_request.lora_int_id, self.lora_config.max_lora_rank, mix, digest)
+
+    return SteeringWorkerManager
+
+
+class _MixManager(LRUCacheLoRAModelManager):
+    """What both managers share. `_homes` maps a package's module to the vLLM module that computes it."""
+
+    def __init__(self, package: Package, *, model: nn.Module, vllm_config: VllmConfig, **options: Any) -> None:
+        self._package = package
+        self._renames = getattr(model, "hf_to_vllm_mapper", None)
+        self._complete = vllm_config.parallel_config.pipeline_parallel_size == 1
+        super().__init__(model=model, vllm_config=vllm_config, **options)
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        if isinstance(lora, MixAdapter):
+            self._registered_adapters[lora.id] = lora
+        else:
+            super()._add_adapter(lora)
+
+    def _module_names(self, bank: AtomBank) -> dict[str, str]:
+        """vLLM's name -> the package's, of every adapted linear."""
+        names = {}
+        for module in bank.base.space.modules:
+            if ".experts." in module.name:
+                raise AdapterError(f"{module.name} belongs to a mixture of experts, which cannot be steered inside vLLM; use "
+                                   "the embedded engine, or train an adapter without them")  # fmt: skip
+            renamed = self._renames.get_rename_mapper().map_name(module.name) if self._renames else module.name
+            names[renamed or module.name] = module.name
+        return names
+
+    def _parts_of(self, name: str) -> list[str]:
+        """The adapter-visible linears that vLLM's module `name` computes, in the order of its output."""
+        prefix, _, last = name.rpartition(".")
+        parts = self.packed_modules_mapping.get(last, [last])
+        return [f"{prefix}.{part}" if prefix else part for part in parts]
+
+    def _require_all(self, found: set[str], names: dict[str, str]) -> None:
+        missing = sorted(set(names.values()) - found)
+        if missing and self._complete:  # with pipeline parallelism other ranks have them
+            raise AdapterError(
+                f"vLLM's {type(self.model).__name__} has no linear for {missing[0]} ({len(missing)} of the package's "
+                "modules); it cannot be steered there, use the embedded engine"
+            )
+
+
+class DenseManager(_MixManager):
+    """Composes a mix's factors on the worker's device into vLLM's own slots."""
+
+    def _create_lora_modules(self) -> None:
+        super()._create_lora_modules()
+        bank = self._package.bank
+        self._bank = _moved(bank, self.device)
+        self._names = self._module_names(bank)
+        self._delta: Delta = {}
+        found = {self._names[part] for name in self.modules for part in self._parts_of(name) if part in self._names}
+        self._require_all(found, self._names)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        adapter = self._registered_adapters[lora_id]
+        if not isinstance(adapter, MixAdapter) or lora_id in self._active_adapters:
+            return super().activate_adapter(lora_id)
+        self._delta = self._bank.compose(adapter.mix, self._package.composition) or {}
+        try:
+            return super().activate_adapter(lora_id)
+        finally:
+            self._delta = {}
+
+    def _get_lora_layer_weights(self, lora_model: LoRAModel, module_name: str) -> LoRALayerWeights | None:
+        if not isinstance(lora_model, MixAdapter):
+            return super()._get_lora_layer_weights(lora_model, module_name)
+        parts = [self._factors(part) for part in self._parts_of(module_name)]
+        if not any(parts):
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        return PackedLoRALayerWeights.pack(parts)
+
+    def _factors(self, name: str) -> LoRALayerWeights | None:
+        """A and s·B of one linear in the dtype of the slots, None where the package does not adapt it."""
+        factors = self._delta.get(self._names.get(name, ""))
+        if factors is None:
+            return None
+        dtype, rank = self.lora_config.lora_dtype, factors.lora_A.shape[0]
+        b = (factors.lora_B * factors.scaling).to(dtype)
+        return LoRALayerWeights(name, rank, rank, factors.lora_A.to(dtype), b, scaling=1)
+
+
+class CoefficientManager(_MixManager):
+    """Hooks on vLLM's linears that add the steering of every row; see `server.vllm.coefficients`."""
+
+    def _create_lora_modules(self) -> None:
+        bank = self._package.bank
+        names = self._module_names(bank)
+        by_name = {module.name: module for module in bank.base.space.modules}
+        self._table = CoefficientTable(bank.ids, self.lora_slots)
+        found: set[str] = set()
+        for name, module in self.model.named_modules():
+            parts = []
+            for part, columns in zip(self._parts_of(name), _output_columns(module), strict=False):
+                if part in names:
+                    parts.append(FusedPart(by_name[names[part]], columns))
+            if parts:
+                _check_sizes(name, module, parts)
+                found |= {part.module.name for part in parts}
+                module.register_forward_hook(_hook(BankedLinear(bank, parts, self._package.composition), self._table))
+        self._require_all(found, names)
+
+    def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> LoRAModel:
+        return LoRAModel(lora_id, rank, {})
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        activated = super().activate_adapter(lora_id)
+        if activated:
+            adapter = self._registered_adapters[lora_id]
+            mix = adapter.mix if isinstance(adapter, MixAdapter) else Mix()
+            self._table.set(self.lora_index_to_id.index(lora_id), mix)
+        return activated
+
+    def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
+        slots = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
+        self._table.select([slots[lora_id] if lora_id > 0 else -1 for lora_id in mapping.index_mapping])
+
+    def remove_all_adapters(self) -> None:
+        super().remove_all_adapters()
+        self._table.rows = None
+
+
+def _hook(linear: BankedLinear, table: CoefficientTable) -> Any:
+    def add_steering(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
+        if table.rows is not None:
+            y = output[0] if isinstance(output, tuple) else output
+            linear.add(inputs[0].flatten(0, -2), y.view(-1, y.shape[-1]), table.rows)
+
+    return add_steering
+
+
+def _output_columns(module: nn.Module) -> Iterator[slice]:
+    """The columns of each linear that `module` fuses; nothing for what is no linear of vLLM."""
+    if not hasattr(module, "output_size") or not hasattr(module, "input_size"):
+        return
+    start = 0
+    for size in getattr(module, "output_sizes", None) or [module.output_size]:
+        yield slice(start, start + size)
+        start += size
+
+
+def _check_sizes(name: str, module: Any, parts: list[FusedPart]) -> None:
+    if getattr(module, "tp_size", 1) > 1:
+        raise AdapterError("steering on CPUs does not split linears over processes; start vLLM with "
+                           "--tensor-parallel-size 1 and add replicas")  # fmt: skip
+    for part in parts:
+        if (part.module.d_in, part.module.d_out) != (module.input_size, part.columns.stop - part.columns.start):
+            raise AdapterError(f"{name} has other sizes than {part.module.name} of the package")
+
+
+def _moved(bank: AtomBank, device: torch.device) -> AtomBank:
+    """`bank` on `device`."""
+
+    def move(tensors: Any) -> dict[str, torch.Tensor]:
+        return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+    base = Adapter(bank.base.space, move(bank.base.tensors), bank.base.targets)
+    return replace(bank, base=base, a=move(bank.a), b=move(bank.b))

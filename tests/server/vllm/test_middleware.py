@@ -1,0 +1,274 @@
+"""Requests on their way into vLLM and answers on their way out, with a small application in vLLM's place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from httpx import ASGITransport, AsyncClient
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from atoms.package import Package
+from server.auth import AuthMiddleware, KeyRing
+from server.body import BodyLimitMiddleware
+from server.config import ServeConfig
+from server.context import RequestContextMiddleware, Traffic
+from server.experiments.recording import Outcome
+from server.experiments.spec import ExperimentSpec
+from server.metrics import SteeringMetrics
+from server.state import Snapshot, State
+from server.steering import Steering
+from server.vllm.host import name_models, steer_engine
+from server.vllm.middleware import SteeringMiddleware, current, with_echo
+
+CHAT = "/v1/chat/completions"
+
+
+async def _chat(request: Request) -> Any:
+    """Answers as vLLM would: with what it was sent, and the mix that it saw in a task of its own."""
+    body = await request.json()
+    call = await asyncio.create_task(_seen())
+    answer = {"id": "chatcmpl-1", "seen": call.steering.mix.as_dict() if call else None, "body": body}
+    if not body.get("stream"):
+        return JSONResponse(answer)
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b": keep-alive\n\n"
+        for piece in (answer, {"id": "chatcmpl-1", "last": True}):
+            yield f"data: {json.dumps(piece, separators=(',', ':'))}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+async def _seen() -> Any:
+    return current.get()
+
+
+async def _hang(request: Request) -> Any:
+    """What is left of a request whose engine has gone: nothing comes any more."""
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b'data: {"id":"resp_1"}\n\n'
+        await asyncio.Event().wait()
+
+    if (await request.json()).get("stream"):
+        return StreamingResponse(events(), media_type="text/event-stream")
+    await asyncio.Event().wait()
+
+
+async def _refuse(_request: Request) -> JSONResponse:
+    return JSONResponse({"error": {"message": "no"}}, 400)
+
+
+@pytest.fixture
+def traffic() -> Traffic:
+    return Traffic()
+
+
+@pytest.fixture
+def stopped() -> asyncio.Event:
+    return asyncio.Event()
+
+
+@pytest.fixture
+def metrics() -> SteeringMetrics:
+    return SteeringMetrics()
+
+
+@pytest.fixture
+def client_to(
+    package: Package, traffic: Traffic, metrics: SteeringMetrics, stopped: asyncio.Event
+) -> Callable[..., AsyncClient]:
+    def make(config: ServeConfig, state: State | None = None) -> AsyncClient:
+        steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
+        routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/tokenize", "/v1/presets")]
+        routes.append(Route("/v1/responses", _hang, methods=["POST"]))
+        app = Starlette(routes=[*routes, Route("/v1/completions", _refuse, methods=["POST"])])
+        recorder = state.recorder if state else None
+        app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=traffic, recorder=recorder,
+                           stopped=stopped)  # fmt: skip
+        app.add_middleware(BodyLimitMiddleware, limit=4096)
+        app.add_middleware(AuthMiddleware, keys=KeyRing((), config.admin_keys))
+        app.add_middleware(RequestContextMiddleware, traffic=traffic, metrics=metrics, access_log=False)
+        return AsyncClient(transport=ASGITransport(app), base_url="http://test")
+
+    return make
+
+
+@pytest.fixture
+def client(client_to: Callable[..., AsyncClient], config: ServeConfig) -> AsyncClient:
+    return client_to(config)
+
+
+async def test_the_handler_sees_the_mix_and_the_answer_says_it(client: AsyncClient, package: Package, ids) -> None:
+    response = await client.post(CHAT, json={"model": "demo", "steering": {"atoms": {"list": 1.5}}, "messages": []})
+    answer = response.json()
+    digest = package.digest(package.mix({"list": 1.5}))
+    assert answer["seen"] == answer["steering"]["atoms"] == {ids[0]: 1.5}
+    assert answer["steering"]["mix"] == response.headers["x-atomsteer-mix"] == digest
+    assert answer["id"] == "chatcmpl-1" and answer["body"]["messages"] == []
+    assert int(response.headers["content-length"]) == len(response.content)
+
+
+async def test_concurrent_requests_do_not_see_each_others_mix(client: AsyncClient, ids) -> None:
+    async def ask(value: float) -> Any:
+        return (await client.post(CHAT, json={"model": "demo", "steering": {"atoms": {"list": value}}})).json()["seen"]
+
+    values = [0.5, -1.0, 2.5, 0.0]
+    assert await asyncio.gather(*(ask(value) for value in values)) == [{ids[0]: v} if v else {} for v in values]
+    assert current.get() is None
+
+
+async def test_the_echo_is_on_the_first_event_alone(client: AsyncClient, ids) -> None:
+    response = await client.post(CHAT, json={"model": "demo:lists", "stream": True})
+    lines = [line for line in response.text.splitlines() if line]
+    assert lines[0] == ": keep-alive" and lines[-1] == "data: [DONE]"
+    first, last = (json.loads(line.removeprefix("data: ")) for line in lines[1:3])
+    assert first["steering"]["preset"] == "lists" and first["steering"]["atoms"] == {ids[0]: 2.0}
+    assert "steering" not in last
+    assert response.headers["x-atomsteer-mix"] == first["steering"]["mix"]
+
+
+def test_the_responses_api_has_the_echo_in_the_response() -> None:
+    event = (
+        b'event: response.created\ndata: {"response":{"id":"resp_1"},"sequence_number":0,"type":"response.created"}\n\n'
+    )
+    echoed = json.loads(with_echo(event, {"mix": "m-1"}, is_stream=True).splitlines()[1].removeprefix(b"data: "))
+    assert echoed["response"] == {"steering": {"mix": "m-1"}, "id": "resp_1"} and "steering" not in echoed
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "demo", "steering": {"atoms": {"nope": 1}}}, 404, "steering.atoms.nope"),
+        ({"model": "demo", "steering": {"strength": 1}}, 400, "steering.strength"),
+        ({"model": "demo:nope"}, 404, "model"),
+        ({"model": "another"}, 404, "model"),
+        ({"model": 7}, 400, "model"),
+        ({"model": "demo", "steering": {"allow_out_of_range": True}}, 403, "steering.allow_out_of_range"),
+    ],
+)
+async def test_what_cannot_be_steered_never_reaches_vllm(client: AsyncClient, body, status: int, param: str) -> None:
+    response = await client.post(CHAT, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+async def test_paths_that_cannot_be_steered_refuse_steering_and_are_left_alone_without(client: AsyncClient) -> None:
+    refused = await client.post("/tokenize", json={"model": "demo", "steering": {"atoms": {"list": 1}}})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "unsupported_parameter"
+    answer = (await client.post("/tokenize", json={"model": "demo"})).json()
+    assert answer == {"id": "chatcmpl-1", "seen": None, "body": {"model": "demo"}}
+
+
+async def test_our_own_routes_read_their_own_bodies(client: AsyncClient) -> None:
+    body = {"name": "x", "steering": "anything"}
+    assert (await client.post("/v1/presets", json=body)).json()["body"] == body
+
+
+async def test_the_default_mix_steers_every_path_that_generates(client_to, config: ServeConfig, ids) -> None:
+    from dataclasses import replace
+
+    client = client_to(replace(config, default_mix="list=1"))
+    assert (await client.post(CHAT, json={})).json()["seen"] == {ids[0]: 1.0}
+    assert (await client.post("/tokenize", json={})).json()["seen"] == {ids[0]: 1.0}
+    assert (await client.post(CHAT, json={"steering": {"atoms": {}}})).json()["seen"] == {}
+
+
+async def test_bodies_that_are_no_json_are_left_to_vllm(client: AsyncClient, metrics: SteeringMetrics) -> None:
+    response = await client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+    assert response.json() == {"error": {"message": "no"}}
+
+
+async def test_refusals_of_vllm_carry_no_echo_but_the_header(client: AsyncClient) -> None:
+    response = await client.post("/v1/completions", json={"model": "demo"})
+    assert response.json() == {"error": {"message": "no"}} and "x-atomsteer-mix" in response.headers
+
+
+async def test_a_body_over_the_limit_is_refused(client: AsyncClient) -> None:
+    response = await client.post(CHAT, json={"model": "demo", "messages": "x" * 5000})
+    assert response.status_code == 413
+
+
+async def test_requests_are_refused_and_counted_while_the_server_drains(client, traffic, metrics) -> None:
+    traffic.draining = True
+    response = await client.post(CHAT, json={"model": "demo"})
+    assert response.status_code == 503 and response.headers["retry-after"]
+    assert b'atomsteer_requests_total{arm="",experiment="",preset="",status="503"} 1.0' in metrics.render()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_stopped_engine_leaves_unanswered_ends_with_an_error(client, stopped, stream: bool) -> None:
+    asking = asyncio.create_task(client.post("/v1/responses", json={"model": "demo", "stream": stream}))
+    await asyncio.sleep(0.05)
+    assert not asking.done()
+    stopped.set()
+    response = await asyncio.wait_for(asking, 5)
+    if stream:
+        first, last = (json.loads(line[6:]) for line in response.text.splitlines() if line)
+        assert first["steering"]["atoms"] == {} and last["error"]["code"] == "engine_stopped"
+    else:
+        assert response.status_code == 503 and response.json()["error"]["code"] == "engine_stopped"
+
+
+async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
+    client_to, config: ServeConfig, sqlite_state: State, package: Package
+) -> None:
+    spec = ExperimentSpec.model_validate(
+        {"name": "trial", "arms": [{"name": "a", "atoms": {"list": 1.0}}, {"name": "b", "atoms": {}}]}
+    ).completed()
+    steering = Steering.of(package, config)
+    sqlite_state.experiments.create(spec, steering.freeze(spec), "1.0")
+    sqlite_state.experiments.start("trial", steering.freeze(spec), "1.0")
+    sqlite_state.refresh()
+    client = client_to(config, sqlite_state)
+    body = {"model": "demo", "user": "anna", "steering": {"experiment": "trial"}, "stream": True}
+    answer = await client.post(CHAT, json=body)
+    arm = answer.headers["x-atomsteer-arm"]
+    unknown = sqlite_state.recorder.report(
+        sqlite_state.snapshot.experiments["trial"].id,
+        [Outcome("chatcmpl-1", "liked", 1.0), Outcome("other", "liked", 1.0)],
+    )
+    assert await asyncio.wrap_future(unknown) == {"other"}, f"the response of arm {arm} was not recorded under its id"
+
+
+class _Engine:
+    """Notes the LoRA requests it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[Any] = []
+
+    def generate(self, *_args: Any, lora_request: Any = None) -> str:
+        self.given.append(lora_request)
+        return "outputs"
+
+    def shutdown(self, timeout: float | None = None) -> float | None:
+        return timeout
+
+
+def test_models_are_known_by_name_and_preset(package: Package, config: ServeConfig, monkeypatch) -> None:
+    upstream = SimpleNamespace(BaseModelPath=lambda name, model_path: (name, model_path))
+    monkeypatch.setitem(__import__("sys").modules, "server.vllm.upstream", upstream)
+    models = SimpleNamespace(base_model_paths=["before"])
+    name_models(models, Steering.of(package, config), "path")
+    assert models.base_model_paths == [("demo", "path")]
+    assert models.is_base_model("demo") and models.is_base_model("demo:lists") and not models.is_base_model("demo:x")
+    assert models.model_name() == "demo"
+
+
+async def test_the_engine_gets_no_adapter_outside_a_call_and_says_when_it_drains(monkeypatch) -> None:
+    from server.vllm.identity import MixIdentities
+
+    monkeypatch.setitem(__import__("sys").modules, "server.vllm.upstream", SimpleNamespace(LoRARequest=SimpleNamespace))
+    engine, traffic, stopped = _Engine(), Traffic(), asyncio.Event()
+    steer_engine(engine, MixIdentities(), traffic, stopped)
+    assert engine.generate("prompt") == "outputs" and engine.given == [None]
+    assert await asyncio.to_thread(engine.shutdown, timeout=3) == 3
+    assert traffic.draining and await asyncio.wait_for(stopped.wait(), 1)

@@ -1,0 +1,169 @@
+"""What we assume of vLLM's internals. A failure here names what a new version has changed, before anything steers wrongly."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    from server.vllm import upstream
+
+    return upstream
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_version_is_one_that_this_was_written_for() -> None:
+    import importlib.metadata
+
+    assert importlib.metadata.version("vllm").startswith("0.32.")
+
+
+def test_the_model_runner_makes_its_manager_of_the_name_that_we_replace(upstream) -> None:
+    source = inspect.getsource(upstream.lora_runner.LoRAModelRunnerMixin.load_lora_model)
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in source
+    assert "LoRAModelRunnerMixin" in inspect.getsource(__import__("vllm.v1.worker.gpu_model_runner", fromlist=["x"]))
+
+
+def test_the_worker_manager_has_the_methods_that_we_override(upstream) -> None:
+    manager = upstream.LRUCacheWorkerLoRAManager
+    assert parameters(manager.create_lora_manager) == ["self", "model", "vllm_config"]
+    assert parameters(manager.add_adapter) == ["self", "lora_request"]
+    assert parameters(manager._load_adapter) == ["self", "lora_request"]
+    source = inspect.getsource(manager)
+    for attribute in (
+        "self.max_num_seqs",
+        "self.max_num_batched_tokens",
+        "self.vocab_size",
+        "self.lora_config",
+        "self.device",
+    ):
+        assert attribute in source or attribute in inspect.getsource(manager.__mro__[1])
+    assert "self._adapter_manager.add_adapter(lora)" in source
+    assert "self._adapter_manager.activate_adapter(" in source
+
+
+def test_the_model_manager_has_the_methods_that_we_override(upstream) -> None:
+    manager = upstream.LRUCacheLoRAModelManager
+    base = manager.__mro__[1]
+    assert parameters(base.__init__) == ["self", "model", "max_num_seqs", "max_num_batched_tokens", "vocab_size",
+                                         "lora_config", "device", "vllm_config"]  # fmt: skip
+    assert parameters(base._create_lora_modules) == ["self"]
+    assert parameters(base._add_adapter) == ["self", "lora"]
+    assert parameters(base._get_lora_layer_weights) == ["self", "lora_model", "module_name"]
+    assert parameters(base._set_adapter_mapping) == ["self", "mapping"]
+    assert parameters(base.create_dummy_lora) == ["self", "lora_id", "rank", "embedding_modules"]
+    assert parameters(manager.activate_adapter) == ["self", "lora_id"]
+    assert parameters(base.remove_all_adapters) == ["self"]
+    assert parameters(base.get_adapter) == ["self", "adapter_id"]
+
+
+def test_the_model_manager_keeps_its_state_where_we_look(upstream) -> None:
+    source = inspect.getsource(upstream.LRUCacheLoRAModelManager.__mro__[1])
+    for name in ("_registered_adapters", "_active_adapters", "lora_index_to_id", "packed_modules_mapping", "modules"):
+        assert f"self.{name}" in source
+    assert "self._create_lora_modules()" in inspect.getsource(upstream.LRUCacheLoRAModelManager.__mro__[1].__init__)
+    assert "module.set_lora(" in source and "module_lora.lora_a" in source
+
+
+def test_a_mapping_has_an_id_for_each_token(upstream) -> None:
+    assert {"index_mapping", "prompt_mapping"} <= set(parameters(upstream.LoRAMapping))
+
+
+def test_lora_weights_are_built_as_we_build_them(upstream) -> None:
+    import torch
+
+    a, b = torch.ones(2, 3), torch.ones(4, 2)
+    one = upstream.LoRALayerWeights("m", 2, 2, a, b, scaling=1)
+    packed = upstream.PackedLoRALayerWeights.pack([one, None])
+    assert torch.equal(packed.lora_b[0], b) and packed.lora_b[1] is None and len(packed.lora_a) == 2
+    model = upstream.LoRAModel(7, 2, {})
+    assert model.id == 7 and model.get_lora("m") is None
+
+
+def test_requests_are_told_apart_by_name_and_cached_by_name_and_path(upstream) -> None:
+    from types import SimpleNamespace
+
+    from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
+
+    request = upstream.LoRARequest(lora_name="m-1", lora_int_id=70_000, lora_path="mix:{}")
+    assert _gen_lora_extra_hash_keys(SimpleNamespace(lora_request=request)) == [("lora", "m-1", "mix:{}")]
+    assert request == upstream.LoRARequest(lora_name="m-1", lora_int_id=70_001, lora_path="x"), (
+        "names need not differ between API processes any more: see MixIdentities"
+    )
+
+
+def test_engine_arguments_have_what_we_set(upstream) -> None:
+    from typing import get_args
+
+    fields = inspect.signature(upstream.EngineArgs).parameters
+    for name in ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "load_format"):
+        assert name in fields
+    assert fields["max_loras"].default == 1, "a user's own number can no longer be told from the default"
+    assert {16, 32, 64} <= set(get_args(upstream.MaxLoRARanks))
+
+
+def test_the_loader_streams_weights_through_the_method_that_we_wrap(upstream) -> None:
+    assert parameters(upstream.DefaultModelLoader.get_all_weights) == ["self", "model_config", "model"]
+    source = inspect.getsource(upstream.DefaultModelLoader.load_weights)
+    assert "model.load_weights(self.get_all_weights(model_config, model))" in source
+
+
+def test_the_growing_series_is_dropped_by_the_attribute_that_we_clear(upstream) -> None:
+    source = inspect.getsource(upstream.PrometheusStatLogger)
+    assert "self.gauge_lora_info: Gauge | None = None" in source and "if self.gauge_lora_info is not None" in source
+
+
+def test_the_engine_client_has_the_methods_that_we_wrap() -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    assert "lora_request" in parameters(AsyncLLM.generate)
+    assert parameters(AsyncLLM.shutdown)[:2] == ["self", "timeout"]
+    assert parameters(AsyncLLM.add_lora) == ["self", "lora_request"]
+    assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
+
+
+def test_handlers_ask_the_models_for_names_and_the_engine_for_tokens(upstream) -> None:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    for handler in (OpenAIServingChat, OpenAIServingCompletion, OpenAIServingResponses):
+        source = inspect.getsource(handler)
+        assert "self.engine_client.generate(" in source and "self.models.model_name(" in source, handler
+    assert "self.models.is_base_model(" in inspect.getsource(BaseServing._is_model_supported)
+    assert parameters(OpenAIServingModels.is_base_model) == ["self", "model_name"]
+    assert "base_model_paths=base_model_paths" in inspect.getsource(OpenAIServingModels.__init__)
+    assert set(parameters(upstream.BaseModelPath)) >= {"name", "model_path"}
+
+
+def test_our_endpoint_is_one_that_vllm_accepts() -> None:
+    from importlib.metadata import entry_points
+
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+    (entry,) = [entry for entry in entry_points(group="vllm.endpoint_plugins") if entry.name == "atomsteer"]
+    assert isinstance(entry.load()(), EndpointPlugin)
+    assert "atomsteer" in {entry.name for entry in entry_points(group="vllm.general_plugins")}
+
+
+def test_every_option_that_we_give_is_one_that_vllm_knows(tmp_path) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from server.config import ServeConfig
+    from server.vllm.serve import vllm_options
+
+    known = {
+        option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings
+    }
+    assert set(vllm_options(ServeConfig(package=tmp_path), "base", None)) <= known
