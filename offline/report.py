@@ -31,6 +31,8 @@ _MAP_ATOMS = 400
 """The layout compares all pairs, so a large dictionary shows its kept atoms and the largest of the rest."""
 _MAP_WIDTH, _HALF_LETTER = 860, 3.9
 """Pixels; a letter of a label is taken to be about 7.8 wide."""
+_MOST_BARS, _MOST_PAIRED = 600, 48
+"""Bars of one figure, and atoms of the figure of pairs: more could not be told apart, and would make the page large."""
 _SERIES = 3
 _NAMED_EFFECT = 0.1
 """Besides the atom's own detector, the plot shows detectors whose rate changes by at least this much."""
@@ -93,7 +95,8 @@ def _map(cards: Sequence[AtomCard], projection: Mapping[str, Tensor]) -> dict[st
     """The figure and what its caption says. Kept atoms are links to their cards, drawn over the others."""
     atoms, kept = projection["dictionary"], projection["dictionary_index"].tolist()
     support = projection.get("documents_per_atom", torch.zeros(len(atoms)))
-    rest = [j for j in torch.argsort(support, descending=True, stable=True).tolist() if j not in set(kept)]
+    shown = set(kept)
+    rest = [j for j in torch.argsort(support, descending=True, stable=True).tolist() if j not in shown]
     others = rest[: max(0, _MAP_ATOMS - len(kept))]
     positions, fidelity = plane(atoms[kept + others])
     figure = Figure(_MAP_WIDTH, 470, f"Map of {len(kept) + len(others)} atoms")
@@ -356,15 +359,19 @@ def _support(support: Sequence[int], kept: set[int]) -> Markup:
         x, y, x_ticks=[t for t in x.ticks(5) if t == int(t)], x_label="atoms, largest first", y_label="documents"
     )
     width = x(1) - x(0)
-    for place, j in enumerate(order):
+    stride = -(-len(order) // _MOST_BARS)  # of a large dictionary every so many-th atom, in its place
+    for place, j in list(enumerate(order))[::stride]:
         figure.add("rect", element("title", f"atom {j}: {support[j]} documents"), x=f"{x(place):.2f}", y=f"{y(support[j]):.1f}",
-                   width=f"{max(0.4, 0.85 * width):.2f}", height=f"{y(0) - y(support[j]):.1f}",
+                   width=f"{0.85 * stride * width:.2f}", height=f"{y(0) - y(support[j]):.1f}",
                    class_="bar" if j in kept else "bar rest")  # fmt: skip
     return figure.render()
 
 
-def _together(cards: Sequence[AtomCard], drift: Tensor) -> Markup:
-    """The drift matrix as correlations M_jk / √(M_jj M_kk), a cell a pair."""
+def _together(cards: Sequence[AtomCard], drift: Tensor) -> dict[str, Any]:
+    """The drift matrix as correlations M_jk / √(M_jj M_kk), a cell a pair; of many atoms the most coherent ones."""
+    order = sorted(range(len(cards)), key=lambda n: -cards[n].coherence.raw)[:_MOST_PAIRED]
+    left_out = len(cards) - len(order)
+    cards, drift = [cards[n] for n in order], drift[order][:, order]
     size = drift.diagonal().clamp_min(1e-12).sqrt()
     correlation = (drift / size[:, None] / size[None, :]).clamp(-1, 1)
     names = [_short(card) for card in cards]
@@ -377,7 +384,7 @@ def _together(cards: Sequence[AtomCard], drift: Tensor) -> Markup:
             told = element("title", f"{name} with {names[k]}: {value:+.2f}")
             figure.add("rect", told, x=left + cell * k, y=5 + cell * j, width=cell, height=cell,
                        class_=f"cell {'plus' if value >= 0 else 'minus'}", style=f"--t:{100 * abs(value):.0f}")  # fmt: skip
-    return figure.render(widest=1.4)
+    return {"svg": figure.render(widest=1.4), "left_out": left_out}
 
 
 def _stages(timings: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:

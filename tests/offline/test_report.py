@@ -219,3 +219,22 @@ def test_one_atom_alone_and_a_package_that_recorded_less(tiny_package: Package) 
     manifest = tiny_package.manifest.model_copy(update={"atoms": [bare], "record": {}})
     page = Page(render_report(manifest, [], tensors, tiny_package.drift[:1, :1]))
     assert page.tags["article"] == 1 and "does not record how many atoms" in page.text and "not measured" in page.text
+
+
+def test_a_large_dictionary_makes_no_huge_page(tiny_package: Package) -> None:
+    """3,000 atoms, 200 of them kept: figures show what can be told apart, and say what they leave out."""
+    count, kept, generator = 3000, 200, torch.Generator().manual_seed(0)
+    card = tiny_package.manifest.atoms[0]
+    cards = [card.model_copy(update={"id": f"a-{n:08x}"}) for n in range(kept)]
+    tensors = dict(tiny_package.projection_tensors)
+    tensors["dictionary"] = torch.nn.functional.normalize(torch.randn(count, 20, generator=generator), dim=1)
+    tensors["dictionary_index"] = torch.arange(kept)
+    tensors["documents_per_atom"] = torch.randint(1, 500, (count,), generator=generator).int()
+    factor = torch.randn(kept, kept, generator=generator)
+    manifest = tiny_package.manifest.model_copy(update={"atoms": cards})
+    html = render_report(manifest, [], tensors, factor @ factor.T)
+    page = Page(html)
+    assert page.tags["article"] == kept and len(html) < 4e6
+    assert page.text.count("not kept: ") == 400 - kept and "2600 smaller ones are left out" in page.text
+    assert f"The {kept - 48} less coherent atoms are left out" in page.text
+    assert page.text.count(" with ") >= 48 * 48
