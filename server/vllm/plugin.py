@@ -135,6 +135,10 @@ def set_engine_arguments(arguments: Any, package: Package) -> None:
     if arguments.load_format not in (*_PLAIN_FORMATS, LOAD_FORMAT):
         raise ConfigError(f"load format {arguments.load_format!r} cannot be steered: the base adapter is merged while "
                           f"a checkpoint is read; use one of {', '.join(_PLAIN_FORMATS)}")  # fmt: skip
+    if arguments.speculative_config is not None:
+        raise ConfigError(
+            "speculative decoding and steering have not been tried together; leave --speculative-config out"
+        )
     rank = 2 * max(module.rank for module in package.base_adapter.space.modules)
     ranks = [allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank]
     if not ranks:

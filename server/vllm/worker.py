@@ -181,10 +181,12 @@ class CoefficientManager(_MixManager):
         self._table = CoefficientTable(bank.ids, self.lora_slots)
         found: set[str] = set()
         for name, module in self.model.named_modules():
-            parts = []
-            for part, columns in zip(self._parts_of(name), _output_columns(module), strict=False):
-                if part in names:
-                    parts.append(FusedPart(by_name[names[part]], columns))
+            fused = self._parts_of(name)
+            parts = [
+                FusedPart(by_name[names[part]], columns)
+                for part, columns in zip(fused, _output_columns(module, len(fused)), strict=False)
+                if part in names
+            ]
             if parts:
                 _check_sizes(name, module, parts)
                 found |= {part.module.name for part in parts}
@@ -220,12 +222,13 @@ def _hook(linear: BankedLinear, table: CoefficientTable) -> Any:
     return add_steering
 
 
-def _output_columns(module: nn.Module) -> Iterator[slice]:
-    """The columns of each linear that `module` fuses; nothing for what is no linear of vLLM."""
+def _output_columns(module: Any, parts: int) -> Iterator[slice]:
+    """The columns of each of the `parts` linears that `module` fuses; nothing for what is no linear of vLLM. What it
+    fuses of its own accord (q, k and v of a checkpoint that has them as one) is one linear."""
     if not hasattr(module, "output_size") or not hasattr(module, "input_size"):
         return
     start = 0
-    for size in getattr(module, "output_sizes", None) or [module.output_size]:
+    for size in module.output_sizes if parts > 1 else [module.output_size]:
         yield slice(start, start + size)
         start += size
 

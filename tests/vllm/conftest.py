@@ -51,7 +51,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable:
     def started(command: list[str], name: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
         log = tmp_path_factory.mktemp("vllm") / "log"
         port = _free_port()
-        variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         with log.open("wb") as output:
             process = subprocess.Popen([*command, f"--port={port}"], stdout=output, stderr=subprocess.STDOUT,
                                        env=os.environ | variables | (environment or {}), start_new_session=True)  # fmt: skip

@@ -73,6 +73,17 @@ def test_the_model_manager_keeps_its_state_where_we_look(upstream) -> None:
     assert "module.set_lora(" in source and "module_lora.lora_a" in source
 
 
+def test_fused_linears_say_what_they_fuse() -> None:
+    from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, QKVParallelLinear
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    assert {"input_size", "output_size"} <= set(parameters(LinearBase))
+    for fused in (MergedColumnParallelLinear, QKVParallelLinear):
+        assert "self.output_sizes = " in inspect.getsource(fused.__init__)
+    renames = WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}).get_rename_mapper()
+    assert renames.map_name("model.layers.0.q_proj") == "language_model.model.layers.0.q_proj"
+
+
 def test_a_mapping_has_an_id_for_each_token(upstream) -> None:
     assert {"index_mapping", "prompt_mapping"} <= set(parameters(upstream.LoRAMapping))
 
@@ -104,7 +115,14 @@ def test_engine_arguments_have_what_we_set(upstream) -> None:
     from typing import get_args
 
     fields = inspect.signature(upstream.EngineArgs).parameters
-    for name in ("enable_lora", "max_loras", "max_lora_rank", "lora_target_modules", "load_format"):
+    for name in (
+        "enable_lora",
+        "max_loras",
+        "max_lora_rank",
+        "lora_target_modules",
+        "load_format",
+        "speculative_config",
+    ):
         assert name in fields
     assert fields["max_loras"].default == 1, "a user's own number can no longer be told from the default"
     assert {16, 32, 64} <= set(get_args(upstream.MaxLoRARanks))
