@@ -95,8 +95,8 @@ def stock_answers(start, merged_dir: Path, prompts: list[list[int]]) -> list[dic
 
 
 @pytest.fixture(scope="session")
-def server(start, stock_answers, real_package: Package, smol_path: Path) -> Iterator[Running]:
-    """`atomsteer serve --engine vllm`, started after the stock server has gone: one engine at a time."""
+def server(start, real_package: Package, smol_path: Path) -> Iterator[Running]:
+    """`atomsteer serve --engine vllm`."""
     atom = real_package.manifest.atoms[0].id
     command = [sys.executable, "-m", "clients.cli", "serve", "--engine", "vllm", "--package", str(real_package.path),
                "--model", str(smol_path), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16",

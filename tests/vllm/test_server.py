@@ -39,8 +39,9 @@ def texts_of(answers: list[dict]) -> list[list[int]]:
     return [answer["choices"][0]["token_ids"] for answer in answers]
 
 
-def test_unsteered_is_bit_equal_to_stock_vllm_on_merged_weights(server, stock_answers, prompts, ask) -> None:
-    """Log-probabilities are compared as printed in full: one rounding of one weight would show."""
+def test_unsteered_is_bit_equal_to_stock_vllm_on_merged_weights(stock_answers, server, prompts, ask) -> None:
+    """Log-probabilities are compared as printed in full: one rounding of one weight would show. First in the file, and
+    with its fixtures in this order, so that one engine runs at a time."""
     ours = [ask(server, prompt, logprobs=5) for prompt in prompts]
     assert texts_of(ours) == texts_of(stock_answers)
     for mine, stock in zip(ours, stock_answers, strict=True):
