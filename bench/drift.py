@@ -4,10 +4,8 @@
 
 Mixes have 1-8 atoms within their tested ranges, random signs and proportions, scaled so that ½ cᵀMc lies log-uniformly in
 0.02 … 0.5 nats a token. KL(unsteered ‖ mix) is measured on sampled continuations of the last neutral prompts, in both
-compositions. A prediction counts as good within a factor of 1.5. Two predictions are judged:
-
-    quadratic   ½ cᵀMc
-    curves      Σ_j KL_j(c_j) + Σ_{j<k} c_j c_k M_jk: each atom's own term from its measured curve, with its asymmetry
+compositions. A prediction counts as good within a factor of 1.5. With --matrix-prompts N, M is measured again on the first
+N neutral prompts: how many does a calibration need?
 """
 
 from __future__ import annotations
@@ -16,24 +14,24 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from atoms.adapter import Composition
 from atoms.mix import Mix
 from atoms.model import choose_device, choose_dtype, load_model, merge_adapter
 from atoms.package import Package
 from atoms.steered import SteeredModel
 from offline.calibrate import DriftMeter, continuations, make_batches
-from offline.corpus import EncodedDocument
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.progress import Progress
 
 NATS = (0.02, 0.5)
 MOST_ATOMS = 8
 FACTOR = 1.5
-COMPOSITIONS = ("linear", "parameter")
+COMPOSITIONS: tuple[Composition, ...] = ("linear", "parameter")
 
 
 def main() -> None:
@@ -41,6 +39,7 @@ def main() -> None:
     parser.add_argument("--package", type=Path, required=True)
     parser.add_argument("--mixes", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=8, help="neutral prompts, from the end of the set")
+    parser.add_argument("--matrix-prompts", type=int, help="neutral prompts for a new M, from the start of the set")
     parser.add_argument("--tokens", type=int, default=24, help="tokens continued from each")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -48,39 +47,57 @@ def main() -> None:
     package = Package.read(options.package)
     rows = list(measure(package, options, Progress()))
     for composition in COMPOSITIONS:
-        for prediction in ("quadratic", "curves"):
-            print(f"{composition:<10}{prediction:<10}{summary(rows, composition, prediction)}")
+        print(f"{composition:<10}{summary(rows, composition)}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def measure(package: Package, options: argparse.Namespace, progress: Progress) -> Iterator[dict]:
-    """One row a mix: its coefficients, both predictions, and the measured KL in both compositions, nats a token."""
-    used = int(package.manifest.record["config"]["calibrate"]["prompts"])
+    """One row a mix: its coefficients, its prediction, and the measured KL in both compositions, nats a token."""
+    used = options.matrix_prompts or int(package.manifest.record["config"]["calibrate"]["prompts"])
     prompts = read_neutral_prompts()
     if used + options.prompts > len(prompts):
-        raise SystemExit(f"{used} of {len(prompts)} neutral prompts calibrated the package; ask for fewer --prompts")
-    meter = make_meter(package, prompts[-options.prompts :], options)
+        raise SystemExit(f"M is of {used} of the {len(prompts)} neutral prompts; ask for fewer --prompts")
+    loaded = load_merged(package)
+    drift = package.drift
+    if options.matrix_prompts:
+        drift = matrix(package, make_meter(package, loaded, prompts[:used], options), progress)
+    meter = make_meter(package, loaded, prompts[-options.prompts :], options)
     with progress.task("drift of mixes", options.mixes, "mixes") as bar:
-        for mix in random_mixes(package, options.mixes, options.seed):
-            row = {"atoms": mix.as_dict(), "quadratic": package.predicted_kl(mix), "curves": by_curves(package, mix)}
+        for mix in random_mixes(package, drift, options.mixes, options.seed):
+            row = {"atoms": mix.as_dict(), "predicted": mix.predicted_kl(drift, package.index)}
             for composition in COMPOSITIONS:
-                row[composition] = meter.kl_of(package.bank.compose(mix, composition))  # type: ignore[arg-type]
+                row[composition] = meter.kl_of(package.bank.compose(mix, composition))
             yield row
             bar.advance()
 
 
-def make_meter(package: Package, prompts: list[str], options: argparse.Namespace) -> DriftMeter:
-    """Measures on the unsteered model's own continuations of `prompts`."""
+def load_merged(package: Package) -> tuple:
+    """The base model with θ0 merged, and its tokenizer."""
     device = choose_device()
     model, tokenizer = load_model(package.manifest.base_model.id, choose_dtype(device), device)
     merge_adapter(model, package.base_adapter)
-    made: list[EncodedDocument] = continuations(model, tokenizer, prompts, options.tokens, options.seed)
+    return model, tokenizer
+
+
+def matrix(package: Package, meter: DriftMeter, progress: Progress) -> Tensor:
+    """M (J, J) on the meter's continuations, in the package's order of atoms."""
+    directions = [package.bank.direction(Mix.of({card.id: 1.0})) for card in package.manifest.atoms]
+    with progress.task("drift matrix", sum(len(b.documents) for b in meter.batches), "prompts") as bar:
+        drift = meter.drift_matrix(directions, bar)
+    meter.steered.close()
+    return drift
+
+
+def make_meter(package: Package, loaded: tuple, prompts: list[str], options: argparse.Namespace) -> DriftMeter:
+    """Measures on the unsteered model's own continuations of `prompts`."""
+    model, tokenizer = loaded
+    made = continuations(model, tokenizer, prompts, options.tokens, options.seed)
     steered = SteeredModel(model, package.base_adapter.space, 1)
-    return DriftMeter(steered, package.base_adapter, "linear", make_batches(made, 1024, device))
+    return DriftMeter(steered, package.base_adapter, "linear", make_batches(made, 1024, model.device))
 
 
-def random_mixes(package: Package, count: int, seed: int) -> Iterator[Mix]:
+def random_mixes(package: Package, drift: Tensor, count: int, seed: int) -> Iterator[Mix]:
     """Mixes within the atoms' tested ranges; those that would leave them are drawn again."""
     generator = torch.Generator().manual_seed(seed)
     ids, made = list(package.bank.ids), 0
@@ -91,32 +108,15 @@ def random_mixes(package: Package, count: int, seed: int) -> Iterator[Mix]:
         raw = Mix.of({ids[i]: v for i, v in zip(chosen, torch.randn(size, generator=generator).tolist(), strict=True)})
         span = math.log(NATS[1] / NATS[0])
         target = NATS[0] * math.exp(span * float(torch.rand((), generator=generator)))
-        mix = raw.scaled(math.sqrt(target / max(package.predicted_kl(raw), 1e-9)))
+        mix = raw.scaled(math.sqrt(target / max(raw.predicted_kl(drift, package.index), 1e-9)))
         if mix and all(ranges[atom][0] <= c <= ranges[atom][1] for atom, c in mix):
             made += 1
             yield mix
 
 
-def by_curves(package: Package, mix: Mix) -> float:
-    """The atoms' own measured curves for the diagonal of M."""
-    own = sum(curve_at(dict(package.card(atom).kl_curve), c) for atom, c in mix)
-    diagonal = sum(package.predicted_kl(Mix.of({atom: c})) for atom, c in mix)
-    return max(0.0, own + package.predicted_kl(mix) - diagonal)
-
-
-def curve_at(curve: dict[float, float], coefficient: float) -> float:
-    """KL / c² is interpolated linearly between measured coefficients, and held below |c| = 1."""
-    side = sorted((abs(c), kl / c**2) for c, kl in curve.items() if c * coefficient > 0)
-    x = min(max(abs(coefficient), side[0][0]), side[-1][0])
-    for (x0, y0), (x1, y1) in pairwise(side):
-        if x0 <= x <= x1:
-            return (y0 + (y1 - y0) * (x - x0) / (x1 - x0)) * coefficient**2
-    return side[0][1] * coefficient**2
-
-
-def summary(rows: list[dict], composition: str, prediction: str) -> str:
+def summary(rows: list[dict], composition: str) -> str:
     """Share within the factor, and the spread of measured over predicted."""
-    ratios = torch.tensor([row[composition] / max(row[prediction], 1e-9) for row in rows], dtype=torch.float64)
+    ratios = torch.tensor([row[composition] / max(row["predicted"], 1e-9) for row in rows], dtype=torch.float64)
     good = float(((ratios < FACTOR) & (ratios > 1 / FACTOR)).double().mean())
     low, middle, high = torch.quantile(ratios, ratios.new_tensor([0.05, 0.5, 0.95])).tolist()
     return f"{good:.0%} of {len(rows)} within {FACTOR}; measured / predicted 5%, 50%, 95%: {low:.2f}, {middle:.2f}, {high:.2f}"
