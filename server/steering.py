@@ -145,8 +145,9 @@ class Steering:
 
     @property
     def presets(self) -> list[str]:
-        """The names of all presets, the fixed ones first."""
-        return [*self.fixed, *(name for name in self.snapshot().presets if name not in self.fixed)]
+        """The names of the presets that may be asked for, the fixed ones first."""
+        stored = self.snapshot().presets.items()
+        return [*self.fixed, *(name for name, preset in stored if name not in self.fixed and self.applies(preset.mix))]
 
     def preset_of_model(self, model: str) -> str | None:
         """The preset that a request's `model` asks for, None for the plain served name.

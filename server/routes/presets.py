@@ -51,7 +51,8 @@ def presets_router(steering: Steering, state: State | None) -> APIRouter:
 
     @router.get("/v1/presets", response_model=None)
     async def list_presets() -> Response:
-        return JSONResponse({"object": "list", "data": [_show(steering, name) for name in steering.presets]})
+        names = dict.fromkeys([*steering.fixed, *steering.snapshot().presets])
+        return JSONResponse({"object": "list", "data": [_show(steering, name) for name in names]})
 
     @router.post("/v1/presets", response_model=None)
     async def create(request: Request) -> Response:

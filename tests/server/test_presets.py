@@ -158,6 +158,8 @@ async def test_a_preset_of_atoms_that_the_package_lacks_is_shown_and_refused(adm
     state.refresh()
     shown = (await admin.get("/v1/presets/old")).json()
     assert (shown["usable"], shown["predicted_kl"], shown["mix"]) == (False, None, None)
+    assert "old" in [preset["name"] for preset in (await admin.get("/v1/presets")).json()["data"]]
+    assert "demo:old" not in (await admin.get("/v1/models")).text
     refused = await admin.post("/v1/chat/completions", json=CHAT | {"model": "demo:old"})
     assert refused.status_code == 409
     assert "version 0.9" in refused.json()["error"]["message"]
