@@ -137,28 +137,40 @@ def normalise_rows(rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     return centred / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], norms
 
 
-def sparse_codes(
-    rows: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
-) -> Tensor:
-    """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁ by FISTA on the Gram matrix, with adaptive restart.
+class SparseCoder:
+    """Codes rows in one dictionary (K, D): its Gram matrix and step size are worked out once, for any number of blocks."""
 
-    rows (N, D), dictionary (K, D). Beck & Teboulle 2009; restart of O'Donoghue & Candès 2015. Stops when no code
-    changes by more than `tolerance`.
-    """
-    gram, target = dictionary @ dictionary.T, rows @ dictionary.T  # (K, K), (N, K)
-    step = 1.0 / float(torch.linalg.eigvalsh(gram.double())[-1].clamp_min(1e-12))
-    codes = torch.zeros_like(target)
-    momentum, t = codes, 1.0
-    for _ in range(iterations):
-        updated = _shrink(momentum - step * (momentum @ gram - target), step * alpha, nonnegative)
-        change = updated - codes
-        if float(((momentum - updated) * change).sum()) > 0:  # the objective went up: restart the momentum
-            t = 1.0
-        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
-        momentum, codes, t = updated + (t - 1) / t_next * change, updated, t_next
-        if float(change.abs().max()) < tolerance:
-            break
-    return codes
+    def __init__(self, dictionary: Tensor) -> None:
+        self.dictionary = dictionary
+        self._gram = dictionary @ dictionary.T  # (K, K)
+        self._step = 1.0 / float(torch.linalg.eigvalsh(self._gram.double())[-1].clamp_min(1e-12))
+
+    def codes(
+        self, rows: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
+    ) -> Tensor:
+        """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁ by FISTA on the Gram matrix, with adaptive restart.
+
+        rows (N, D). Beck & Teboulle 2009; restart of O'Donoghue & Candès 2015. Stops when no code changes by more than
+        `tolerance`.
+        """
+        gram, step, target = self._gram, self._step, rows @ self.dictionary.T  # (N, K)
+        codes = torch.zeros_like(target)
+        momentum, t = codes, 1.0
+        for _ in range(iterations):
+            updated = _shrink(momentum - step * (momentum @ gram - target), step * alpha, nonnegative)
+            change = updated - codes
+            if float(((momentum - updated) * change).sum()) > 0:  # the objective went up: restart the momentum
+                t = 1.0
+            t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+            momentum, codes, t = updated + (t - 1) / t_next * change, updated, t_next
+            if float(change.abs().max()) < tolerance:
+                break
+        return codes
+
+
+def sparse_codes(rows: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool) -> Tensor:
+    """`SparseCoder.codes` of a single block."""
+    return SparseCoder(dictionary).codes(rows, alpha, nonnegative=nonnegative)
 
 
 def objective(rows: Tensor, codes: Tensor, dictionary: Tensor, alpha: float) -> Tensor:

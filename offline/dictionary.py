@@ -1,6 +1,6 @@
 """Sparse dictionary learning on whitened rows: min ½‖X − A D‖² + α‖A‖₁ over codes A (≥ 0) and unit atoms D.
 
-Alternates codes (FISTA, `atoms.projection.sparse_codes`) with exact block updates of one atom after the other. Only AᵀA
+Alternates codes (FISTA, `atoms.projection.SparseCoder`) with exact block updates of one atom after the other. Only AᵀA
 (K, K) and AᵀX (K, D) are kept between the two, and both add up over shards and ranks, so memory does not grow with N.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from atoms.errors import ConfigError
-from atoms.projection import duality_gap, objective, sparse_codes
+from atoms.projection import SparseCoder, duality_gap, objective, sparse_codes
 from offline.config import DictionaryConfig
 from offline.progress import Progress
 from offline.rows import RowStore
@@ -107,10 +107,11 @@ def learn_with_scikit(
 
 def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> tuple[Tensor, Tensor]:
     """(document numbers (n,), codes (n, K)), both in ascending order of document."""
+    coder = SparseCoder(atoms)
     numbers, codes = [], []
     for block, rows in store.blocks(documents):
         numbers.append(block)
-        codes.append(sparse_codes(rows, atoms, config.alpha, nonnegative=config.nonnegative))
+        codes.append(coder.codes(rows, config.alpha, nonnegative=config.nonnegative))
     order = torch.argsort(torch.cat(numbers))
     return torch.cat(numbers)[order], torch.cat(codes)[order]
 
@@ -134,8 +135,9 @@ def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
 def _accumulate(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> _Statistics:
     count, dim = atoms.shape
     total = _Statistics(torch.zeros(count, count), torch.zeros(count, dim), worst=[])
+    coder = SparseCoder(atoms)
     for numbers, rows in store.blocks(documents):
-        codes = sparse_codes(rows, atoms, config.alpha, nonnegative=config.nonnegative)
+        codes = coder.codes(rows, config.alpha, nonnegative=config.nonnegative)
         losses = objective(rows, codes, atoms, config.alpha)
         total.gram += codes.T @ codes
         total.cross += codes.T @ rows
