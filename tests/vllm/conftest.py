@@ -29,6 +29,11 @@ CONTEXT = 512
 ADMIN_KEY = "admin-key"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """test_shutdown.py stops the server that the others use, so it comes last however the files are named on the line."""
+    items.sort(key=lambda item: item.path.name == "test_shutdown.py")
+
+
 @dataclass(frozen=True)
 class Running:
     """A server on this machine. `name` is the model's."""
