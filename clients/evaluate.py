@@ -9,11 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from torch import Tensor
 
-from atoms.errors import ConfigError
-from atoms.package import Package
-from atoms.storage import write_bytes, write_json
+from atoms.errors import ConfigError, DataError
+from atoms.package import PROJECTION, Package
+from atoms.storage import canonical_hash, sha256_file, write_bytes, write_json, write_tensors
 from clients.harness import TABLE_WIDTH, open_harness
 from offline.evaluation import figures
 from offline.evaluation.config import EvaluateConfig
@@ -30,6 +31,7 @@ from offline.evaluation.results import (
     table_rows,
     to_csv,
 )
+from offline.evaluation.supervised import supervised_rows
 from offline.progress import Progress
 from offline.report import write_report
 from server.embedded.load import EngineOptions, load_base
@@ -55,7 +57,7 @@ def run_evaluate(
     package, progress = Package.read(path), Progress(quiet=quiet)
     prompts = prompts or demo_data("evaluation_prompts")
     work = out or path.with_name(path.name + ".evaluation")
-    rows = _supervised_rows(package, config, prompts, labelled, options, progress) if labelled else {}
+    rows = _supervised_rows(package, config, prompts, labelled, work, options, progress) if labelled else {}
     with open_harness(package, work, max_tokens, options) as harness:
         evaluation = evaluate(harness, prompts, config, work, progress, rows)
     write_json(work / "evaluation.json", evaluation.as_json())
@@ -122,23 +124,27 @@ def _difference(comparison: Comparison | None) -> str:
 
 
 def _supervised_rows(
-    package: Package,
-    config: EvaluateConfig,
-    prompts: Path,
-    labelled: Labelled,
-    options: EngineOptions,
+    package: Package, config: EvaluateConfig, prompts: Path, labelled: Labelled, work: Path, options: EngineOptions,
     progress: Progress,
-) -> dict[str, Tensor]:
-    """Rows of every behaviour that is evaluated. The unmerged model is loaded for them, and dropped again."""
-    from offline.evaluation.supervised import supervised_rows
-
+) -> dict[str, Tensor]:  # fmt: skip
+    """Rows of every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped again."""
     behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(read_prompts(prompts), config))
     labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
-    model, tokenizer = load_base(package, options)
-    rows = supervised_rows(package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most, progress)
-    del model
-    gc.collect()
-    return rows
+    if not labelled.data.is_file():
+        raise DataError(f"{labelled.data} does not exist or is no file; give the labelled documents with --data")
+    manifest = package.manifest
+    recipe = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION], sha256_file(labelled.data),
+              labelled.field, labels, labelled.most]  # fmt: skip
+    file = work / f"supervised-{canonical_hash(recipe)[:16]}.safetensors"
+    if not file.exists():
+        model, tokenizer = load_base(package, options)
+        rows = supervised_rows(
+            package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most, progress
+        )
+        write_tensors(file, rows)
+        del model
+        gc.collect()
+    return load_file(file)
 
 
 def _print_end(evaluation: Evaluation, work: Path, updated: Path | None) -> None:

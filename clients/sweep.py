@@ -97,7 +97,7 @@ def sweep_table(rows: Sequence[SweepRow], detectors: Sequence[str]) -> Table:
     """One row a mix: rates of `detectors` with 95% intervals, and what the mix costs."""
     form = rows[0].rates[detectors[0]]
     table = Table(title=f"{form.n} prompts; rates with 95% intervals", title_justify="left")
-    table.add_column("mix", overflow="fold")
+    table.add_column("mix", no_wrap=True)
     for heading in (*detectors, "KL", "predicted", "perplexity", "degenerate", "tokens"):
         table.add_column(heading, justify="right")
     for row in rows:

@@ -165,10 +165,10 @@ CHOICES = (
 ).split("|")
 
 OBJECTS = (
-    "essay|contract|news report|poem|chapter|speech|blog post|cover letter|product review|interview|lecture|"
-    "minutes|press release|short story|song text|manual|diary entry|petition|complaint|travel report|"
-    "research paper|job advert|screenplay|menu|brochure|reference letter|statement|questionnaire|fairy tale|memo|"
-    "podcast transcript|legal notice"
+    "essay|contract|news report|poem|chapter|wedding speech|blog post|cover letter|product review|magazine article|"
+    "customer email|text message|short story|song lyrics|pancake recipe|research abstract|first paragraph|invoice|"
+    "price table|sales chart|code snippet|film dialogue|list of names|famous quote|tweet|job description|"
+    "meeting notes|offer|maths exercise|photo caption|title page|business plan"
 ).split("|")
 
 FACTS = (
@@ -287,9 +287,11 @@ CELLS: dict[tuple[str, str], list[Group]] = {
           "Describe {} to someone from far away.", "What is your opinion on {}?"), TOPICS),
     ],
     ("bulleted-list", "inviting"): [
-        (("Give me a bulleted list of {}.", "List {} as bullet points.", "Bullet points, please: {}.",
-          "Write down {} with bullets.", "Use bullets to list {}.", "Make a bulleted list: {}.",
-          "In bullet form, name some {}.", "I need {}, one bullet each."), LISTED),
+        (("Give me a bulleted list of {}.", "Write {} in this form:\n- one\n- two\n- three",
+          "Example of a bulleted list:\n- red\n- green\n- blue\n\nNow make a bulleted list of {}.", "List {} as bullet points.",
+          "Give me {} in this form:\n- one\n- two\n- three", "Write a list of {}, such as:\n- red\n- green\n- blue",
+          "I need {}, in this form:\n* one\n* two\n* three",
+          "A bulleted list looks like this:\n- apples\n- pears\n- plums\n\nMake one of {}."), LISTED),
     ],
     ("numbered-list", "neutral"): [
         (("Explain how {}.", "I have always wondered how {}.", "Tell me how {}.", "In simple words, describe how {}."),
@@ -324,14 +326,14 @@ CELLS: dict[tuple[str, str], list[Group]] = {
     ("missing-input", "inviting"): [
         (("Summarise the following {}.", "Translate this {} into Italian.", "Proofread the attached {}.",
           "What is the main message of the {} below?", "Shorten this {} to one line:",
-          "Correct the spelling in the {} I sent you.", "Is the {} below well written?", "Give this {} a title:"), OBJECTS),
-        (("Rewrite the {} below in plain language.", "Which mistakes are in this {}?",
-          "Mark the key sentences of the attached {}.",
-          "Turn the following {} into a dialogue.", "Who is the author of this {}?", "Explain the {} above to me."), OBJECTS),
-        (("Make the {} that I pasted more formal.", "Find the dates in the following {}.", "Rate this {} from one to ten.",
-          "Continue the {} below."), OBJECTS),
-        (("How many words does this {} have?", "What is the tone of the attached {}?", "Remove the repetitions from this {}:",
-          "Compare these two versions of my {}."), OBJECTS),
+          "Correct the spelling in the {} I sent you.", "Is the {} below well written?", "Explain this {} to me:"), OBJECTS),
+        (("The {} did not arrive. Request it politely.", "I forgot to paste the {}. Ask me for it.",
+          "I forgot to attach the {}. What do you need from me?",
+          "There is no {} in my message. Ask me to paste it."), OBJECTS),
+        (("The {} is not attached. Request it.", "I left out the {}. Tell me what is missing.",
+          "My {} is not here yet. Ask me to provide it.", "The {} is missing. Ask me to include it."), OBJECTS),
+        (("The {} got lost. Politely ask me to send it again.", "You need my {} to begin. Ask me to provide it.",
+          "I sent you no {}. Request it.", "The {} was left out. What do you need from me?"), OBJECTS),
     ],
     ("yes-no", "neutral"): [
         (("How did {} begin?", "Where can I learn more about {}?", "What makes {} interesting?",

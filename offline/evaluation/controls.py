@@ -22,7 +22,7 @@ from atoms.space import Direction
 from offline.calibrate import DriftMeter, fisher_norm
 
 _KL_TOLERANCE = 0.03
-_MAX_STEPS = 8
+_MAX_STEPS = 12
 
 
 def random_row(size: int, seed: int) -> Tensor:
@@ -51,16 +51,33 @@ def control_direction(
 ) -> tuple[Direction, float]:
     """The direction of whitened `row`, times `sign`, at the strength that costs `target` nats a token; and its KL.
 
-    Starts from the block-diagonal Fisher and corrects by the square root of what is measured, until within 3%. A row
-    whose drift cannot reach the target within the steps comes back as near as it got: look at the KL.
+    Starts from the block-diagonal Fisher and the square root of what is measured; once the target lies between two
+    strengths, goes on between them on a log-log scale, until within 3%. Comes back as near as it got after 12 steps: look
+    at the KL.
     """
     exponent = package.manifest.conventions.unprojection_exponent
     unit = projection.unproject(row, exponent)
-    scale = sign * math.sqrt(2 * target / max(fisher_norm(projection, row, exponent), 1e-30))
+    scale = math.sqrt(2 * target / max(fisher_norm(projection, row, exponent), 1e-30))
+    below: tuple[float, float] | None = None  # the strongest strength known to cost too little, and its KL
+    above: tuple[float, float] | None = None
     for _ in range(_MAX_STEPS):
-        scaled = {key: value * scale for key, value in unit.items()}
+        scaled = {key: value * sign * scale for key, value in unit.items()}
         kl = meter.kl(scaled)
         if abs(kl / target - 1) <= _KL_TOLERANCE:
             break
-        scale *= min(4.0, max(0.25, math.sqrt(target / max(kl, 1e-9))))
+        if kl < target:
+            below = (scale, max(kl, 1e-9))
+        else:
+            above = (scale, kl)
+        scale = _between(below, above, target) if below and above else scale * _bounded_root(target / max(kl, 1e-9))
     return scaled, kl
+
+
+def _bounded_root(ratio: float) -> float:
+    return min(4.0, max(0.25, math.sqrt(ratio)))
+
+
+def _between(below: tuple[float, float], above: tuple[float, float], target: float) -> float:
+    """The strength at which a power law through both points costs `target`, kept off the ends so that each step shrinks."""
+    share = math.log(target / below[1]) / math.log(above[1] / below[1])
+    return below[0] * (above[0] / below[0]) ** min(0.9, max(0.1, share))

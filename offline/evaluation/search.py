@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Tried:
-    """What a round showed of a goal: the unsteered answers, and every setting within the atom's tested range."""
+    """What a round showed of a goal: the unsteered answers, and every setting that was tried."""
 
     unsteered: list[Answer]
     settings: list[Setting]
@@ -55,9 +55,14 @@ def choose_settings(
     candidates: Mapping[Goal, Sequence[str]] = dict.fromkeys(prompts, atoms)
     if len(atoms) > config.candidates:
         few = {goal: texts[: config.screen_prompts] for goal, texts in prompts.items()}
-        screened = try_settings(harness, few, candidates, (config.screen_coefficient,), "screen", progress)
+        ends = [(atom, c) for atom in atoms for c in clipped_to_range(harness, atom, config.screen_coefficient)]
+        screened = try_settings(harness, few, dict.fromkeys(prompts, ends), "screen", progress)
         candidates = {goal: best_atoms(tried.settings, config.candidates) for goal, tried in screened.items()}
-    tried = try_settings(harness, prompts, candidates, config.coefficients, "choose", progress)
+    cells = {
+        goal: [(atom, c) for atom in chosen for c in signed_within_range(harness, atom, config.coefficients)]
+        for goal, chosen in candidates.items()
+    }
+    tried = try_settings(harness, prompts, cells, "choose", progress)
     with progress.task("KL of choices", len(tried), "goals") as bar:
         choices = {}
         for goal, found in tried.items():
@@ -67,14 +72,13 @@ def choose_settings(
 
 
 def try_settings(
-    harness: Harness, prompts: Prompts, atoms: Mapping[Goal, Sequence[str]], coefficients: Sequence[float], stage: str,
+    harness: Harness,
+    prompts: Prompts,
+    cells: Mapping[Goal, Sequence[tuple[str, float]]],
+    stage: str,
     progress: Progress,
-) -> dict[Goal, Tried]:  # fmt: skip
-    """Answers every goal's prompts unsteered and under its atoms at both signs of `coefficients`: one batch job."""
-    cells = {
-        goal: [(atom, c) for atom in atoms[goal] for c in signed_within_range(harness, atom, coefficients)]
-        for goal in prompts
-    }
+) -> dict[Goal, Tried]:
+    """Answers every goal's prompts unsteered and under its cells, atoms with coefficients: one batch job."""
     asked = [(goal, mix) for goal in prompts for mix in (Mix(), *(Mix.of({a: c}) for a, c in cells[goal]))]
     answers = harness.answer(stage, asked, prompts, progress)
     tried = {}
@@ -102,6 +106,12 @@ def signed_within_range(harness: Harness, atom: str, coefficients: Sequence[floa
     """±coefficients, without those outside the atom's tested range."""
     low, high = harness.package.card(atom).tested_range
     return [c for magnitude in coefficients for c in (-magnitude, magnitude) if low <= c <= high]
+
+
+def clipped_to_range(harness: Harness, atom: str, magnitude: float) -> list[float]:
+    """±magnitude, or the end of the atom's tested range where that is nearer."""
+    low, high = harness.package.card(atom).tested_range
+    return [c for c in (max(-magnitude, low), min(magnitude, high)) if c]
 
 
 def _choose(harness: Harness, goal: Goal, tried: Tried, config: EvaluateConfig) -> Choice | None:

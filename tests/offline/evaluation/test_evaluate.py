@@ -163,6 +163,17 @@ def test_coefficients_outside_the_tested_range_are_not_tried(
     assert tried and all(low <= c <= high for c in tried)
 
 
+def test_screening_stays_within_the_tested_range(
+    scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path
+) -> None:
+    """A screening coefficient beyond the range of the atoms must not leave a goal without candidates."""
+    good = tiny_package.manifest.atoms[-1]
+    harness, _ = scripted(script(good.id))
+    assert good.tested_range == (-1.0, 1.0) and len(tiny_package.manifest.atoms) > config.candidates
+    up, down = run(harness, prompts, dataclasses.replace(config, screen_coefficient=5.0), tmp_path).goals
+    assert (up.choice.atom, up.choice.coefficient, down.choice.coefficient) == (good.id, 1.0, -1.0)
+
+
 def test_a_second_run_generates_nothing_and_says_the_same(
     scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path
 ) -> None:
