@@ -116,6 +116,7 @@ async def test_the_handler_sees_the_mix_and_the_answer_says_it(client: AsyncClie
     assert answer["steering"]["mix"] == response.headers["x-atomsteer-mix"] == digest
     assert answer["id"] == "chatcmpl-1" and answer["body"]["messages"] == []
     assert int(response.headers["content-length"]) == len(response.content)
+    assert current.get() is None, "the next request of this task would inherit the mix"
 
 
 async def test_concurrent_requests_do_not_see_each_others_mix(client: AsyncClient, ids) -> None:
