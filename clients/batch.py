@@ -1,0 +1,308 @@
+"""`batch`: a file of requests through the engine in this process or a server; one line out for each line in.
+
+    scan      read the input once: count, check that ids are unique, see what an earlier run has answered
+    connect   a running server, or the package served in this process
+    work      as many requests at once as keep every slot busy; each answer is written as it comes
+
+Memory holds the requests in flight and nothing else. Run again after a stop, it goes on where the output ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atoms.errors import AtomsteerError, ConfigError, DataError
+from clients.batch_lines import BatchLine, Defaults, read_lines
+from clients.batch_results import CustomIds, Results, open_results, read_answered
+from clients.connection import Connection, connect
+from server.embedded.load import EngineOptions
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+    from rich.progress import Progress
+
+MIX_HEADER = "x-atomsteer-mix"
+_FATAL = (401, 403)
+"""Statuses that every further line would get too."""
+_MOST_MIXES = 10_000
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """`input` and `out` are files, `settings` what all lines of `out` share. `concurrency` requests run at once."""
+
+    input: Path
+    out: Path
+    defaults: Defaults
+    concurrency: int
+    max_retries: int = 10
+    retry_failed: bool = False
+    quiet: bool = False
+
+    def settings(self, source: str) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it goes on with."""
+        defaults = self.defaults
+        return {
+            "input": self.input.name, "source": source, "body": dict(defaults.body), "steering": defaults.steering,
+            "column": defaults.column, "system": defaults.system,
+        }  # fmt: skip
+
+
+@dataclass
+class Scan:
+    """What a file holds. `mixes` counts the lines of each steering, as JSON; further ones are in `other_mixes`."""
+
+    lines: int = 0
+    answered: int = 0
+    invalid: int = 0
+    mixes: Counter[str] = field(default_factory=Counter)
+    other_mixes: int = 0
+
+
+@dataclass
+class Outcome:
+    """How a run went. `tokens` are generated ones."""
+
+    done: int = 0
+    failed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class BatchStoppedError(AtomsteerError):
+    """Something that would fail every further line; what is done is kept."""
+
+
+def run_batch(
+    config: BatchConfig, *, package: Path | None, server: str | None, key: str | None, options: EngineOptions
+) -> Outcome:
+    """Answers every line of the input that the output lacks.
+
+    Raises DataError (a file that cannot be read, or ids that are not unique), ConfigError, StorageError,
+    BatchStoppedError, and what `connect` raises.
+    """
+    source = "server" if server is not None else _identity(package)
+    with open_results(config.out, config.settings(source), retry_failed=config.retry_failed) as results:
+        scan = scan_input(config, results.ids)
+        if scan.answered == scan.lines:
+            return Outcome()
+        with connect(package, server, key, options) as connection:
+            return asyncio.run(answer_all(config, results, scan, connection))
+
+
+def scan_input(config: BatchConfig, ids: CustomIds) -> Scan:
+    """Reads the whole input once. Raises DataError for a custom_id that two lines have."""
+    scan = Scan()
+    for line in read_lines(config.input, config.defaults):
+        if not ids.add_read(line.custom_id):
+            raise DataError(f"{config.input} has the custom_id {line.custom_id[:80]!r} twice; ids must be unique")
+        scan.lines += 1
+        scan.answered += ids.is_answered(line.custom_id)
+        scan.invalid += line.error is not None
+        if line.error is None:
+            mix = json.dumps({"model": line.body.get("model"), "steering": line.body.get("steering")}, sort_keys=True)
+            if mix in scan.mixes or len(scan.mixes) < _MOST_MIXES:
+                scan.mixes[mix] += 1
+            else:
+                scan.other_mixes += 1
+    return scan
+
+
+def scan_for_dry_run(config: BatchConfig) -> Scan:
+    """As `run_batch` would see the files; nothing is written."""
+    ids = CustomIds()
+    try:
+        read_answered(config.out, ids, cut=False)
+        return scan_input(config, ids)
+    finally:
+        ids.close()
+
+
+async def answer_all(config: BatchConfig, results: Results, scan: Scan, connection: Connection) -> Outcome:
+    from openai import AsyncOpenAI
+
+    left = (line for line in read_lines(config.input, config.defaults) if not results.ids.is_answered(line.custom_id))
+    outcome, started = Outcome(), time.monotonic()
+    with _progress(config.quiet) as bar:
+        task = bar.add_task("batch", total=scan.lines, completed=scan.answered, rate=0.0, failed=0)
+
+        async def work(client: AsyncOpenAI) -> None:
+            for line in left:  # all workers share one iterator: whoever is free takes the next line
+                result = await answer(client, line, connection.model)
+                results.write(result)
+                outcome.done += 1
+                outcome.failed += result["error"] is not None
+                outcome.tokens += generated_tokens(result)
+                outcome.seconds = time.monotonic() - started
+                bar.update(task, advance=1, failed=outcome.failed, rate=outcome.tokens / max(outcome.seconds, 1e-9))
+
+        async with AsyncOpenAI(
+            base_url=connection.url, api_key=connection.key, max_retries=config.max_retries
+        ) as client:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(config.concurrency):
+                        group.create_task(work(client))
+            except ExceptionGroup as group_error:
+                known = group_error.subgroup(AtomsteerError)
+                if known is None:
+                    raise
+                raise _first(known) from group_error
+    return outcome
+
+
+def _first(group: ExceptionGroup[AtomsteerError]) -> AtomsteerError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
+
+
+async def answer(client: AsyncOpenAI, line: BatchLine, model: str) -> dict[str, Any]:
+    """The line to write: OpenAI's batch output. The SDK retries 408, 409, 429 and 5xx, and waits as the server says.
+
+    Raises BatchStoppedError for what would befall every further line.
+    """
+    import httpx2 as httpx
+    from openai import APIConnectionError, APIStatusError, APITimeoutError
+
+    if line.error is not None:
+        return _result(line, None, "invalid_line", line.error)
+    body = {"model": model, **line.body}
+    try:
+        response: httpx.Response = await client.post(line.url.removeprefix("/v1"), body=body, cast_to=httpx.Response)
+    except APITimeoutError as error:
+        return _result(line, None, "timeout", f"no answer in time: {error}")
+    except APIConnectionError as error:
+        raise BatchStoppedError(f"{client.base_url} cannot be reached ({error.__cause__ or error}); what is answered is "
+                                "kept: run the command again once the server is back") from error  # fmt: skip
+    except APIStatusError as error:
+        if error.status_code in _FATAL:
+            raise BatchStoppedError(
+                f"the server refuses the key with status {error.status_code}: {error.message}"
+            ) from error
+        return _result(line, error.response, _code(error), error.message)
+    if line.body.get("steering") is not None and MIX_HEADER not in response.headers:
+        raise BatchStoppedError(f"{client.base_url} ignores steering: its answers have no {MIX_HEADER}; is it an atomsteer "
+                                "server?")  # fmt: skip
+    return _result(line, response)
+
+
+def generated_tokens(result: Mapping[str, Any]) -> int:
+    body = (result["response"] or {}).get("body")
+    usage = body.get("usage") if isinstance(body, Mapping) else None
+    return (usage or {}).get("completion_tokens") or (usage or {}).get("output_tokens") or 0
+
+
+def _result(line: BatchLine, response: Any, code: str | None = None, message: str = "") -> dict[str, Any]:
+    answered = None
+    if response is not None:
+        answered = {"status_code": response.status_code, "request_id": response.headers.get("x-request-id"),
+                    "body": _json(response)}  # fmt: skip
+    error = None if code is None else {"code": code, "message": message}
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": answered, "error": error}
+
+
+def _json(response: Any) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return response.text
+
+
+def _code(error: Any) -> str:
+    return error.code or f"status_{error.status_code}"
+
+
+def _identity(package: Path | None) -> str:
+    if package is None:
+        raise ConfigError("give one of --package (served in this process) and --server (a running server)")
+    from atoms.package import Package
+
+    manifest = Package.read(package).manifest
+    return f"{manifest.name} {manifest.version} {manifest.content_hash[:16]}"
+
+
+def _progress(quiet: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"),
+        TextColumn("{task.fields[rate]:.1f} tok/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=Console(file=sys.stderr), disable=quiet,
+    )  # fmt: skip
+
+
+def preview_mixes(
+    scan: Scan, *, package: Path | None, server: str | None, key: str | None
+) -> Iterator[tuple[int, str, float | str]]:
+    """For each steering of a scan: its lines, what was asked for, and its predicted KL or why it is refused.
+
+    Loads no model.
+    """
+    if server is not None:
+        from clients.server_api import ServerAnswerError, ServerAPI
+
+        with ServerAPI(server, key) as api:
+            for asked, count in scan.mixes.most_common():
+                request = json.loads(asked)
+                try:
+                    echo = api.call("POST", "steering/preview", {k: v for k, v in request.items() if v is not None})
+                    yield count, asked_text(request), echo["steering"]["predicted_kl"]
+                except ServerAnswerError as error:
+                    if error.status is None:
+                        raise
+                    yield count, asked_text(request), str(error)
+        return
+    from atoms.package import Package
+    from server.config import ServeConfig
+    from server.errors import RequestError
+    from server.steering import Steering
+
+    _identity(package)
+    assert package is not None
+    steering = Steering.of(Package.read(package), ServeConfig(package=package))
+    for asked, count in scan.mixes.most_common():
+        request = json.loads(asked)
+        try:
+            preset = steering.preset_of_model(request["model"] or steering.served_name)
+            yield count, asked_text(request), steering.resolve(request["steering"], model_preset=preset).predicted_kl
+        except (AtomsteerError, RequestError) as error:
+            yield count, asked_text(request), str(error)
+
+
+def asked_text(request: Mapping[str, Any]) -> str:
+    steering = request["steering"]
+    return "unsteered" if not steering else json.dumps(steering, ensure_ascii=False)
+
+
+def print_dry_run(config: BatchConfig, *, package: Path | None, server: str | None, key: str | None) -> None:
+    """Prints what a run would do: lines, what is done, and the predicted KL of each mix."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scan = scan_for_dry_run(config)
+    table = Table(title=f"{scan.lines} lines: {scan.answered} answered, {scan.lines - scan.answered} to do, {scan.invalid} "
+                  "that hold no request", title_justify="left")  # fmt: skip
+    for heading in ("lines", "steering", "predicted KL, nats a token"):
+        table.add_column(heading, overflow="fold")
+    for count, asked, kl in preview_mixes(scan, package=package, server=server, key=key):
+        table.add_row(str(count), asked, f"{kl:.4f}" if isinstance(kl, float | int) else f"refused: {kl}")
+    if scan.other_mixes:
+        table.add_row(str(scan.other_mixes), f"more than {_MOST_MIXES} different mixes", "not looked up")
+    Console(width=max(120, Console().width)).print(table)

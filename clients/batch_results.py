@@ -1,0 +1,173 @@
+"""What a batch writes: one line a request, appended as answers come; and what a stopped run has left.
+
+A line is written by one unbuffered write. What a killed run left torn is cut off; every whole line counts as done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from atoms.errors import ConfigError, DataError
+from atoms.storage import read_json, storage_errors, write_json
+
+_SYNC_SECONDS = 1.0
+
+
+class CustomIds:
+    """Which custom ids have been answered and which have been read; on disk, so that memory does not grow with files."""
+
+    def __init__(self) -> None:
+        self._rows = sqlite3.connect("")  # "": a temporary file of SQLite's own, gone with the connection
+        self._rows.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, answered INTEGER, read INTEGER) WITHOUT ROWID")
+        self.answered = 0
+
+    def add_answered(self, custom_id: str) -> bool:
+        """False if it had been answered before."""
+        query = "INSERT OR IGNORE INTO ids VALUES (?, 1, 0)"
+        added = self._rows.execute(query, (custom_id,)).rowcount == 1
+        self.answered += added
+        return added
+
+    def add_read(self, custom_id: str) -> bool:
+        """False if the input has had it before."""
+        query = "INSERT INTO ids VALUES (?, 0, 1) ON CONFLICT (id) DO UPDATE SET read = 1 WHERE read = 0"
+        return self._rows.execute(query, (custom_id,)).rowcount == 1
+
+    def is_answered(self, custom_id: str) -> bool:
+        return self._rows.execute("SELECT 1 FROM ids WHERE id = ? AND answered", (custom_id,)).fetchone() is not None
+
+    def close(self) -> None:
+        self._rows.close()
+
+
+class Results:
+    """The output file of one run, and the ids in it. Made by `open_results`."""
+
+    def __init__(self, file: FileIO, ids: CustomIds) -> None:
+        self._file = file
+        self._synced = time.monotonic()
+        self.ids = ids
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line. Raises StorageError."""
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        with storage_errors(Path(self._file.name)):
+            written = self._file.write(data)
+            while written < len(data):
+                written += self._file.write(data[written:])
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+
+
+@contextmanager
+def open_results(path: Path, settings: Mapping[str, Any], *, retry_failed: bool = False) -> Iterator[Results]:
+    """The file `path`, to be gone on with. `settings` are what all of its lines must share; they are kept beside it.
+
+    `retry_failed` drops the lines that hold errors first. Raises ConfigError if another run writes `path` or it was begun
+    with other settings, DataError if it holds something else than results, StorageError.
+    """
+    _check_settings(path, settings)
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    ids = CustomIds()
+    try:
+        _lock(file, path)
+        if retry_failed:
+            file = _without_failures(path, file)
+        read_answered(path, ids, cut=True)
+        results = Results(file, ids)
+        yield results
+        with storage_errors(path):
+            os.fsync(file.fileno())
+    finally:
+        ids.close()
+        file.close()
+
+
+def read_answered(path: Path, ids: CustomIds, *, cut: bool) -> None:
+    """Notes the ids of all whole lines of `path`; with `cut`, removes a torn last line. Raises DataError."""
+    if not path.exists():
+        return
+    end = 0
+    for number, line in enumerate(_whole_lines(path), 1):
+        end += len(line)
+        if not ids.add_answered(_result(path, number, line)["custom_id"]):
+            raise DataError(f"line {number} of {path} has a custom_id that an earlier one has; choose another --out")
+    if cut and end < path.stat().st_size:
+        with storage_errors(path):
+            os.truncate(path, end)
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _result(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(line)
+        if isinstance(result["custom_id"], str) and "response" in result and "error" in result:
+            return result
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"line {number} of {path} is not a batch result; choose another --out")
+
+
+def _without_failures(path: Path, file: FileIO) -> FileIO:
+    """Replaces `path` by a copy without failed lines, and opens and locks that."""
+    with storage_errors(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as kept:
+                for number, line in enumerate(_whole_lines(path), 1):
+                    if _result(path, number, line)["error"] is None:
+                        kept.write(line)
+                kept.flush()
+                os.fsync(kept.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        fresh = path.open("ab", buffering=0)
+    _lock(fresh, path)
+    file.close()
+    return fresh
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another run is writing {path}; wait for it, or choose another --out") from error
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Compares with, or writes, ``OUT.run.json``."""
+    kept = path.with_name(path.name + ".run.json")
+    if path.exists() and path.stat().st_size:
+        if not kept.exists():
+            raise ConfigError(
+                f"{path} exists, and {kept.name}, which says how it was made, does not; choose another --out"
+            )
+        before = read_json(kept)
+        if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+            name = changed[0]
+            raise ConfigError(
+                f"{path} was begun with {name} {before.get(name)!r} and this run has {settings.get(name)!r}; go on with the "
+                "same settings, or choose another --out"
+            )
+    else:
+        write_json(kept, dict(settings))

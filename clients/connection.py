@@ -1,0 +1,90 @@
+"""A server to talk to: a running one, or one in this process on a loopback port that only this process has the key of."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from atoms.errors import ConfigError, EngineStoppedError
+from server.embedded.load import EngineOptions
+
+_MOST_WAITING = 1 << 16
+_START_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Connection:
+    """`url` ends with /v1. `model` is what requests that name none are sent to."""
+
+    url: str
+    key: str
+    model: str
+
+
+@contextmanager
+def connect(package: Path | None, server: str | None, key: str | None, options: EngineOptions) -> Iterator[Connection]:
+    """The server at `server`, or `package` served in this process until the block is left.
+
+    Raises ConfigError unless exactly one is given, ServerAnswerError, and what `load_package` raises.
+    """
+    if (package is None) == (server is None):
+        raise ConfigError("give one of --package (served in this process) and --server (a running server)")
+    if server is not None:
+        yield _running(server, key)
+    elif package is not None:
+        with _in_process(package, options) as connection:
+            yield connection
+
+
+def _running(server: str, key: str | None) -> Connection:
+    from clients.server_api import ServerAPI
+
+    with ServerAPI(server, key) as api:
+        models = api.call("GET", "models")["data"]
+    named = [model["id"] for model in models if model.get("parent") is None]
+    if not named:
+        raise ConfigError(f"{server} serves no model")
+    return Connection(f"{server.rstrip('/').removesuffix('/v1')}/v1", key or "none", named[0])
+
+
+@contextmanager
+def _in_process(package: Path, options: EngineOptions) -> Iterator[Connection]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; see server/embedded/engine.py
+    import uvicorn
+
+    from server.config import ServeConfig
+    from server.embedded.app import create_app
+    from server.embedded.load import load_package
+    from server.embedded.serve import reserve_port
+
+    key = secrets.token_urlsafe()
+    with reserve_port("127.0.0.1", 0) as listener:
+        loaded = load_package(package, replace(options, max_waiting=_MOST_WAITING))  # the caller bounds the queue
+        config = ServeConfig(package=package, api_keys=(key,), access_log=False)
+        app = create_app(loaded.package, loaded.engine, config, vocabulary=loaded.vocabulary)
+        settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        host = uvicorn.Server(settings)
+        thread = threading.Thread(target=host.run, kwargs={"sockets": [listener]}, name="loopback-server", daemon=True)
+        thread.start()
+        try:
+            _wait_until_started(host, thread)
+            port = listener.getsockname()[1]
+            yield Connection(f"http://127.0.0.1:{port}/v1", key, loaded.package.manifest.name)
+        finally:
+            loaded.engine.close()
+            host.should_exit = True
+            thread.join()
+
+
+def _wait_until_started(host: object, thread: threading.Thread) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while not getattr(host, "started", False):
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise EngineStoppedError("the server of this process did not start; see the messages above")
+        time.sleep(0.01)

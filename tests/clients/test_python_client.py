@@ -1,0 +1,195 @@
+"""atomsteer-client against the real server, and against one that ignores steering."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai
+import pytest
+from atomsteer_client import AsyncClient, Client, Echo, SteeringIgnoredError, echo_of
+
+from atoms.package import Package
+
+ADMIN_KEY = "admin-key-of-the-tests"
+ASK = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "Name three fruits."}],
+    "max_tokens": 8,
+    "temperature": 0,
+}
+COMPLETE = {"model": "demo", "prompt": "One, two,", "max_tokens": 4, "temperature": 0}
+MIX = {"bulleted-list": 2}
+
+
+@pytest.fixture
+def client(real_server: str) -> Iterator[Client]:
+    with Client(base_url=real_server, api_key=ADMIN_KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def expected(named_package: Package) -> Echo:
+    mix = named_package.mix({"bulleted-list": 2.0})
+    return Echo(
+        mix=named_package.digest(mix), atoms=mix.as_dict(), predicted_kl=named_package.predicted_kl(mix), scaled_by=1.0
+    )
+
+
+def check(echo: Echo | None, expected: Echo) -> None:
+    assert isinstance(echo, Echo)
+    assert (echo.mix, echo.atoms, echo.scaled_by) == (expected.mix, expected.atoms, 1.0)
+    assert echo.predicted_kl == pytest.approx(expected.predicted_kl, abs=1e-5)
+
+
+def test_every_call_that_generates_takes_steering_and_gives_a_typed_echo(client: Client, expected: Echo) -> None:
+    whole = client.chat.completions.create(**ASK, steering=MIX)
+    check(whole.steering, expected)
+    chunks = list(client.chat.completions.create(**ASK, steering=MIX, stream=True))
+    check(chunks[0].steering, expected)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    check(client.completions.create(**COMPLETE, steering=MIX).steering, expected)
+    check(next(iter(client.completions.create(**COMPLETE, steering=MIX, stream=True))).steering, expected)
+    raw = client.chat.completions.with_raw_response.create(**ASK, steering=MIX)
+    assert raw.headers["x-atomsteer-mix"] == expected.mix
+    check(raw.parse().steering, expected)
+    with client.chat.completions.stream(**ASK, steering=MIX) as stream:
+        check(echo_of(stream.get_final_completion()), expected)
+    check(echo_of(client.chat.completions.parse(**ASK, steering=MIX)), expected)
+    check(client.with_options(timeout=60).chat.completions.create(**ASK, steering=MIX).steering, expected)
+
+
+async def test_the_asynchronous_client_does_the_same(real_server: str, expected: Echo) -> None:
+    async with AsyncClient(base_url=real_server, max_retries=0) as client:
+        whole = await client.chat.completions.create(**ASK, steering=MIX)
+        check(whole.steering, expected)
+        stream = await client.chat.completions.create(**ASK, steering=MIX, stream=True)
+        chunks = [chunk async for chunk in stream]
+        check(chunks[0].steering, expected)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+        check((await client.completions.create(**COMPLETE, steering=MIX)).steering, expected)
+        async with client.chat.completions.stream(**ASK, steering=MIX) as helper:
+            check(echo_of(await helper.get_final_completion()), expected)
+        check(await client.steering.preview(MIX), expected)
+        assert [atom.name for atom in await client.atoms.search("bulleted")] == ["bulleted-list"]
+        assert (await client.presets.get("lists")).fixed
+        plain, steered = await client.compare("Name three fruits.", [{"bulleted-list": 3}], max_tokens=8, temperature=0)
+        assert plain.steering.atoms == {} and list(steered.steering.atoms.values()) == [3.0]
+
+
+def test_steering_takes_the_wire_form_and_says_nothing_when_it_is_left_out(client: Client) -> None:
+    assert client.chat.completions.create(**ASK).steering.atoms == {}
+    assert client.chat.completions.create(**ASK, steering={}).steering.atoms == {}
+    assert client.chat.completions.create(**ASK, steering={"preset": "lists"}).steering.preset == "lists"
+    scaled = client.chat.completions.create(**ASK, steering={"atoms": MIX, "max_kl": 0.01, "on_exceed": "scale"})
+    assert scaled.steering.scaled_by < 1 and scaled.steering.predicted_kl <= 0.01
+    with pytest.raises(openai.NotFoundError, match="unknown atom 'nope'"):
+        client.chat.completions.create(**ASK, steering={"nope": 1})
+    with pytest.raises(TypeError, match="twice"):
+        client.chat.completions.create(**ASK, steering=MIX, extra_body={"steering": {}})
+
+
+def test_atoms_and_preview(client: Client, named_package: Package, expected: Echo) -> None:
+    assert [atom.id for atom in client.atoms.list()] == [card.id for card in named_package.manifest.atoms]
+    card = named_package.card("bulleted-list")
+    atom = client.atoms.get("bulleted-list")
+    assert (atom.id, tuple(atom.tested_range), atom.keywords) == (card.id, card.tested_range, card.keywords)
+    assert client.atoms.search(f"{card.keywords[0]} bulleted")[0].id == card.id
+    assert not client.atoms.search("no-atom-is-called-so")
+    with pytest.raises(openai.NotFoundError):
+        client.atoms.get("../models")
+    check(client.steering.preview(MIX), expected)
+    assert client.steering.preview(model="demo:lists").preset == "lists"
+
+
+def test_compare_sets_the_unsteered_answer_beside_the_steered_ones(client: Client) -> None:
+    plain, low, high = client.compare(
+        "Name three fruits.", [{"bulleted-list": -3}, {"bulleted-list": 3}], max_tokens=12, temperature=0.8
+    )
+    assert plain.mix is None and plain.steering.atoms == {}
+    assert [list(c.steering.atoms.values()) for c in (low, high)] == [[-3.0], [3.0]]
+    again = client.compare("Name three fruits.", [{"bulleted-list": 3}], max_tokens=12, temperature=0.8)
+    assert [c.text for c in again] == [plain.text, high.text], "the same seed must give the same answers"
+    assert len({plain.text, low.text, high.text}) > 1
+
+
+def test_presets_and_experiments(client: Client) -> None:
+    preset = client.presets.set("brief", {"yes-no": 1})
+    assert (preset.version, preset.fixed, client.presets.get("brief").atoms) == (1, False, preset.atoms)
+    assert client.chat.completions.create(**ASK, steering={"preset": "brief"}).steering.atoms == preset.atoms
+    with pytest.raises(openai.ConflictError):
+        client.presets.set("brief", {"yes-no": 2}, if_version=7)
+    client.presets.delete("brief")
+    assert "brief" not in [preset.name for preset in client.presets.list()]
+    arms = [{"name": "weak", "atoms": {"bulleted-list": 1}}, {"name": "strong", "atoms": {"bulleted-list": 2}}]
+    client.experiments.create(
+        name="lists", arms=arms, metrics=[{"name": "liked", "kind": "proportion", "goal": "increase"}]
+    )
+    assert client.experiments.start("lists").status == "running"
+    answer = client.chat.completions.create(**ASK, user="u1", steering={"experiment": "lists"})
+    assert answer.steering.arm in ("weak", "strong")
+    stored = client.experiments.record("lists", answer.id, "liked", True)
+    assert (stored.stored, stored.unknown_responses) == (1, [])
+    assert client.experiments.report("lists")["object"]
+    assert client.experiments.stop("lists", "enough").status == "stopped"
+    assert client.experiments.promote("lists", "strong", "liked-lists").name == "liked-lists"
+    assert [experiment.name for experiment in client.experiments.list()] == ["lists"]
+
+
+class _IgnorantServer(BaseHTTPRequestHandler):
+    """Answers as OpenAI does, whatever `steering` says: vLLM without the plugin does the same."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        delta = {
+            "index": 0,
+            "finish_reason": "stop",
+            "delta": {"content": "hi"},
+            "message": {"role": "assistant", "content": "hi"},
+        }
+        answer = json.dumps(
+            {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [delta]}
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream" if body.get("stream") else "application/json")
+        self.end_headers()
+        self.wfile.write(b"data: " + answer + b"\n\ndata: [DONE]\n\n" if body.get("stream") else answer)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def ignorant_server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _IgnorantServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_server_that_ignores_steering_is_an_error(ignorant_server: str, stream: bool) -> None:
+    with Client(base_url=ignorant_server) as client:
+        for asked in ({"steering": MIX}, {"extra_body": {"steering": {"atoms": MIX}}}):
+            with pytest.raises(SteeringIgnoredError, match=ignorant_server):
+                client.chat.completions.create(**ASK, **asked, stream=stream)
+        with pytest.raises(SteeringIgnoredError):
+            client.chat.completions.with_raw_response.create(**ASK, steering=MIX)
+        assert client.chat.completions.create(**ASK), "whoever asks for no steering may use any server"
+    async with AsyncClient(base_url=ignorant_server) as other:
+        with pytest.raises(SteeringIgnoredError):
+            await other.chat.completions.create(**ASK, steering=MIX, stream=stream)
+
+
+def test_openais_key_is_not_sent_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://api.openai.com/v1")
+    with Client() as client:
+        assert client.api_key == "none" and str(client.base_url).startswith("http://127.0.0.1:8000")
+    monkeypatch.setenv("ATOMSTEER_BASE_URL", "http://steering.example/v1")
+    monkeypatch.setenv("ATOMSTEER_API_KEY", "mine")
+    with Client() as client:
+        assert client.api_key == "mine" and client.base_url.host == "steering.example"
