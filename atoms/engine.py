@@ -16,12 +16,22 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a whole answer must match. `text` is a JSON schema (as JSON), a regular expression in Rust's syntax, or a JSON
+    list of texts of which the answer is one."""
+
+    kind: Literal["json_schema", "regex", "choice"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. `temperature` 0 is greedy. `seed` None draws a fresh one.
 
     `top_k` 0 and `min_p` 0 are off. `logprobs` None is off; n asks for the n most likely tokens at each step besides the
     chosen one (0: the chosen one alone). `max_tokens` None means up to the end of the context. Stop strings are cut from
-    the text unless `include_stop`.
+    the text unless `include_stop`. With a `grammar` only tokens are drawn with which the answer can still match it, and
+    the answer ends where it can only end.
     """
 
     max_tokens: int | None = None
@@ -38,6 +48,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +130,7 @@ class Engine(Protocol):
     def stream(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         """Deltas as they come. Closing the iterator cancels the sequence and frees its slot.
 
-        Raises RequestTooLongError, EngineOverloadedError (queue full), EngineStoppedError, EngineError.
+        Raises RequestTooLongError, EngineOverloadedError (queue full), EngineStoppedError, GrammarError, EngineError.
         """
         ...
 

@@ -19,6 +19,7 @@ HTTP statuses in one table (`server/errors.py`); the command line prints the mes
     ├── UnknownDetectorError
     └── EngineError              generation failed
         ├── EngineOverloadedError   the queue is full; `retry_after` seconds
+        ├── GrammarError            a grammar that cannot be compiled, or grew beyond its bounds while it was followed
         ├── RequestTooLongError     prompt + max_tokens over the context; `param` names the request field
         └── EngineStoppedError      the engine is shutting down or has died
 """
@@ -94,6 +95,10 @@ class EngineOverloadedError(EngineError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class GrammarError(EngineError):
+    """A grammar that an answer was to follow cannot be compiled, or grew beyond its bounds while it was followed."""
 
 
 class RequestTooLongError(EngineError):

@@ -12,7 +12,8 @@ class Limits:
     """Upper bounds of one request.
 
     `max_body_bytes` counts the body as sent. `max_n` bounds `n` alone, `max_sequences` the product of prompts and `n`.
-    `max_stop_bytes` is the length of one stop string in UTF-8.
+    `max_stop_bytes` is the length of one stop string in UTF-8, `max_grammar_bytes` that of a JSON schema, a regular
+    expression or a list of choices.
     """
 
     max_body_bytes: int = 1 << 20
@@ -24,6 +25,7 @@ class Limits:
     max_stop_bytes: int = 1024
     max_logprobs: int = 20
     max_logit_bias: int = 1024
+    max_grammar_bytes: int = 1 << 16
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -28,7 +28,7 @@ from atoms.mix import Mix
 from atoms.steered import SteeredModel
 from server.embedded.detokenize import TextStream, TokenBytes
 from server.embedded.kv import ColumnCache, prompt_cache
-from server.embedded.sampling import TokenSampler, sample_rows, token_logprobs
+from server.embedded.sampling import TokenMatcher, TokenSampler, sample_rows, token_logprobs
 
 _log = logging.getLogger(__name__)
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -40,7 +40,14 @@ Sink = Callable[[TokenDelta | EngineError], None]
 class Job:
     """One request on its way: its sampler, its text so far, and where its deltas go."""
 
-    def __init__(self, request: GenerationRequest, limit: int, token_bytes: TokenBytes, sink: Sink) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        limit: int,
+        token_bytes: TokenBytes,
+        sink: Sink,
+        matcher: TokenMatcher | None = None,
+    ) -> None:
         params = request.sampling
         self.request = request
         self.limit = limit  # tokens to generate at most
@@ -48,7 +55,7 @@ class Job:
         self.last_token = -1
         self.finished = False
         self.cancelled = False  # set by any thread, read once a step
-        self.sampler = TokenSampler(params, request.prompt_token_ids)
+        self.sampler = TokenSampler(params, request.prompt_token_ids, matcher)
         self._text = TextStream(token_bytes, params.stop, params.include_stop)
         self._bytes = token_bytes
         self._sink = sink
@@ -60,7 +67,7 @@ class Job:
         ended = token in end_tokens and not self.request.sampling.ignore_eos
         text = "" if ended else self._text.feed(token)
         reason: FinishReason | None = None
-        if ended or self._text.stop is not None:
+        if ended or self._text.stop is not None or self.sampler.complete:
             reason = "stop"
         elif self.generated >= self.limit:
             reason = "length"

@@ -19,12 +19,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atoms.adapter import Delta
-from atoms.engine import EngineStats, Generation, GenerationRequest, TokenDelta
+from atoms.engine import EngineStats, Generation, GenerationRequest, Grammar, TokenDelta
 from atoms.errors import (
     ConfigError,
     DataError,
@@ -39,6 +40,7 @@ from atoms.space import LoRASpace
 from atoms.steered import SteeredModel
 from server.embedded.batcher import Batcher, Job, Sink
 from server.embedded.detokenize import TokenBytes
+from server.embedded.grammar import GrammarCompiler
 
 _log = logging.getLogger(__name__)
 _DEFAULT_MAX_MODEL_LEN = 4096
@@ -80,8 +82,11 @@ class EmbeddedEngine:
         self._slots = slots
         self._max_waiting = max_waiting
         self._steered = SteeredModel(model, space, slots)
+        end_tokens = stop_token_ids(model, tokenizer)
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        self._grammars = GrammarCompiler(tokenizer, self._token_bytes, vocabulary, end_tokens)
+        self._compiling = ThreadPoolExecutor(1, "grammar-compiler")  # one: a costly grammar may not take all cores
         try:
-            end_tokens = stop_token_ids(model, tokenizer)
             self._batcher = Batcher(
                 model, self._steered, compose, end_tokens, self._max_model_len, prefill_tokens_per_step
             )
@@ -130,6 +135,17 @@ class EmbeddedEngine:
         with self._tokenizer_lock:
             return tuple(with_bos(self._tokenizer, self._tokenizer(text, add_special_tokens=False)["input_ids"]))
 
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Compiles `grammar` away from the caller's thread and from the worker's; it is kept for the requests to come.
+
+        Raises GrammarError, ConfigError for a tokenizer that cannot be used for grammars, EngineStoppedError.
+        """
+        try:
+            compiling = self._compiling.submit(self._grammars.matcher, grammar)
+        except RuntimeError as error:
+            raise EngineStoppedError("the engine has stopped") from error
+        await asyncio.wrap_future(compiling)
+
     async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         """See `Engine.stream`. The request is submitted, and refused, when the first delta is asked for."""
         loop = asyncio.get_running_loop()
@@ -171,6 +187,7 @@ class EmbeddedEngine:
             return self._changed.wait_for(lambda: self._stopped or not (self._waiting or self._batcher.load), timeout)
 
     def close(self) -> None:
+        self._compiling.shutdown(wait=False)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -178,7 +195,9 @@ class EmbeddedEngine:
             self._thread.join()
 
     def _job(self, request: GenerationRequest, sink: Sink) -> Job:
-        return Job(request, self._token_limit(request), self._token_bytes, sink)
+        grammar = request.sampling.grammar
+        matcher = self._grammars.matcher(grammar) if grammar is not None else None
+        return Job(request, self._token_limit(request), self._token_bytes, sink, matcher)
 
     def _token_limit(self, request: GenerationRequest) -> int:
         """How many tokens `request` may generate. Raises RequestTooLongError, or EngineError for what cannot be run."""

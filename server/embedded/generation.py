@@ -11,7 +11,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from atoms.engine import Engine, FinishReason, GenerationRequest, SamplingParams, TokenDelta, TokenLogprob
+from atoms.engine import Engine, FinishReason, GenerationRequest, Grammar, SamplingParams, TokenDelta, TokenLogprob
 from atoms.errors import EngineError
 from atoms.mix import Mix
 
@@ -20,10 +20,14 @@ Arrival = tuple[int, TokenDelta]
 
 
 class ServedEngine(Engine, Protocol):
-    """An engine that can say whether it still works."""
+    """An engine that can say whether it still works, and what it cannot do before it is asked to."""
 
     @property
     def healthy(self) -> bool: ...
+
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Makes `grammar` ready for use. Raises GrammarError, ConfigError, EngineStoppedError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

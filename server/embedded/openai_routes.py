@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from atoms.engine import Grammar, SamplingParams
+from atoms.errors import GrammarError
 from server.body import read_json
 from server.context import RequestContext, Traffic
 from server.embedded.answering import Answering, Recording
@@ -62,7 +64,8 @@ class OpenAIRoutes:
         prompts = [await asyncio.to_thread(self.engine.encode_chat, messages)]  # long texts must not hold streams up
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         form = ChatFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
-        sequences = self._sequences(answer_id, body, prompts, steering, "messages")
+        sampling = replace(body.sampling(), grammar=await self._grammar(body))
+        sequences = self._sequences(answer_id, body, prompts, steering, sampling, "messages")
         asked = next((str(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
         recording = self._record(context, answer_id, steering, [asked] * body.n)
         answering = Answering(self.engine, self.metrics, context, sequences, form, "messages", recording)
@@ -75,7 +78,8 @@ class OpenAIRoutes:
         prompts = await asyncio.to_thread(self._encode, body.prompts())
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         form = CompletionFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
-        sequences = self._sequences(answer_id, body, prompts, steering, "prompt")
+        sampling = replace(body.sampling(), grammar=await self._grammar(body))
+        sequences = self._sequences(answer_id, body, prompts, steering, sampling, "prompt")
         texts = [prompt if isinstance(prompt, str) else "" for prompt in body.prompts() for _ in range(body.n)]
         recording = self._record(context, answer_id, steering, texts)
         answering = Answering(self.engine, self.metrics, context, sequences, form, "prompt", recording)
@@ -110,16 +114,28 @@ class OpenAIRoutes:
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return [self.engine.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
+    async def _grammar(self, body: GenerationBody) -> Grammar | None:
+        """The compiled grammar that the body asks for. Raises InvalidFieldError if the engine cannot compile it."""
+        asked = body.grammar(self.limits)
+        if asked is None:
+            return None
+        grammar, field = asked
+        try:
+            await self.engine.compile_grammar(grammar)
+        except GrammarError as error:
+            raise InvalidFieldError(f"{field} is refused: {error}", field) from error
+        return grammar
+
     def _sequences(
         self,
         answer_id: str,
         body: GenerationBody,
         prompts: Sequence[tuple[int, ...]],
         steering: ResolvedSteering,
+        sampling: SamplingParams,
         param: str,
     ) -> Sequences:
         """Raises InvalidFieldError for an empty prompt or a token id outside the vocabulary."""
-        sampling = body.sampling()
         for prompt in prompts:
             if not prompt:
                 raise InvalidFieldError("the prompt has no tokens; send some text", param)

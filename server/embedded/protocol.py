@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from atoms.engine import SamplingParams
+from atoms.engine import Grammar, SamplingParams
 from server.embedded.refusals import CHAT, COMPLETIONS, refuse_unsupported
+from server.embedded.response_format import asked_grammar
 from server.errors import InvalidFieldError
 from server.limits import Limits
 
@@ -60,6 +61,8 @@ class GenerationBody(_Strict, ABC):
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    response_format: Any = None
+    structured_outputs: Any = None
 
     @property
     def include_usage(self) -> bool:
@@ -68,8 +71,19 @@ class GenerationBody(_Strict, ABC):
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def grammar(self, limits: Limits) -> tuple[Grammar, str] | None:
+        """The grammar that the answer must match, and the field that asks for it; None for free text.
+
+        Raises InvalidFieldError, UnsupportedFieldError.
+        """
+        return asked_grammar(self.response_format, self.structured_outputs, limits)
+
     def check(self, limits: Limits) -> None:
         """Raises InvalidFieldError for what exceeds the server's limits or contradicts itself."""
+        constrained = self.grammar(limits) is not None
+        if constrained and self.ignore_eos:
+            raise InvalidFieldError("ignore_eos is true and the answer must end where its grammar does; give one of them",
+                                    "ignore_eos")  # fmt: skip
         if self.stream_options is not None and not self.stream:
             message = "stream_options is given and stream is false; set stream, or leave it out"
             raise InvalidFieldError(message, "stream_options")

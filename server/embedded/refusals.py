@@ -19,7 +19,6 @@ _TOOLS: dict[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True, False),
 }
 _OPENAI = {
-    "response_format": ({"type": "text"},),
     "audio": (),
     "modalities": ([], ["text"]),
     "prediction": (),
@@ -40,7 +39,6 @@ _VLLM = {
     "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "structured_outputs": (),
     "min_tokens": (0,),
     "stop_token_ids": ([],),
     "bad_words": ([],),

@@ -1,7 +1,7 @@
 """From logits to a token: penalties, filters, drawing and log-probabilities, each row by itself.
 
-Knows tensors and `SamplingParams`; nothing of models, text or batches. Order of the stages, as in vLLM: logit bias,
-repetition, frequency and presence penalty, temperature, min_p, top_k, top_p, draw.
+Knows tensors and `SamplingParams`; nothing of models, text or batches. Order of the stages, as in vLLM: grammar, logit
+bias, repetition, frequency and presence penalty, temperature, min_p, top_k, top_p, draw.
 
 Symbols
     V   size of the vocabulary (the logits' last dimension)      n   rows of a batch
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +23,31 @@ from torch import Tensor
 from atoms.engine import SamplingParams
 from atoms.errors import EngineError
 
+
+class TokenMatcher(Protocol):
+    """Follows one sequence through a grammar. Both methods raise GrammarError where that grows beyond its bounds."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow any more."""
+        ...
+
+    def allowed(self, size: int) -> Tensor:
+        """(size,) bool on the CPU: the tokens that may come next."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Goes on by `token`, one of those allowed."""
+        ...
+
+
 _TOP_P_PROBE = 256
 """top_p is first tried on this many most likely tokens, which nearly always suffice; sorting all V is slow."""
+
+
+def keep_allowed(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Logits (V,) with all tokens removed (-inf) but those of `allowed` (V,) bool."""
+    return logits.masked_fill(~allowed.to(logits.device), -math.inf)
 
 
 def add_bias(logits: Tensor, token_ids: Tensor, bias: Tensor) -> Tensor:
@@ -78,11 +102,14 @@ def _keep(logits: Tensor, token_ids: Tensor) -> Tensor:
 class TokenSampler:
     """Draws one sequence's tokens: its parameters, its generator and what it has generated so far.
 
-    Not thread-safe. Tensors of size V are only made if a penalty needs them.
+    Not thread-safe. Tensors of size V are only made if a penalty needs them. `matcher` follows the grammar of `params`.
     """
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_token_ids: Sequence[int], matcher: TokenMatcher | None = None
+    ) -> None:
         self.params = params
+        self._matcher = matcher
         self._prompt = prompt_token_ids
         self._generator = torch.Generator()
         if params.seed is None:
@@ -97,11 +124,20 @@ class TokenSampler:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the argmax of the raw logits."""
         p = self.params
-        return p.temperature == 0 and not (self._penalizes_counts or p.repetition_penalty != 1 or p.logit_bias)
+        changed = self._matcher or self._penalizes_counts or p.repetition_penalty != 1 or p.logit_bias
+        return p.temperature == 0 and not changed
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer matches its grammar and can only end."""
+        return self._matcher is not None and self._matcher.complete
 
     def sample(self, logits: Tensor) -> int:
-        """The next token from raw fp32 logits (V,). Raises EngineError for a biased token outside the vocabulary."""
+        """The next token from raw fp32 logits (V,). Raises EngineError for a biased token outside the vocabulary,
+        GrammarError."""
         p = self.params
+        if self._matcher is not None:
+            logits = keep_allowed(logits, self._matcher.allowed(logits.shape[0]))
         logits = self._penalize(logits)
         if p.temperature == 0:
             return int(logits.argmax())
@@ -115,7 +151,9 @@ class TokenSampler:
         return draw(logits, float(torch.rand((), generator=self._generator, dtype=torch.float64)))
 
     def record(self, token: int) -> None:
-        """Counts a generated token for the penalties of the following ones."""
+        """Takes note of a generated token for the following ones. Raises GrammarError."""
+        if self._matcher is not None:
+            self._matcher.accept(token)
         if self._counts is not None:
             self._counts[token] += 1
         if self._seen is not None:
@@ -161,11 +199,11 @@ def sample_rows(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[int | 
         try:
             if not math.isfinite(peak):
                 raise EngineError(f"the model gave {peak} logits; the mix is too strong, or the dtype overflows")
-            result.append(token if sampler.is_plain_greedy else sampler.sample(logits[row]))
+            drawn = token if sampler.is_plain_greedy else sampler.sample(logits[row])
+            sampler.record(drawn)
+            result.append(drawn)
         except Exception as error:  # whatever fails here concerns this row alone
             result.append(error)
-        else:
-            sampler.record(result[-1])  # type: ignore[arg-type]
     return result
 
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from atoms.engine import EngineStats, FinishReason, Generation, GenerationRequest, TokenDelta, TokenLogprob
+from atoms.engine import EngineStats, FinishReason, Generation, GenerationRequest, Grammar, TokenDelta, TokenLogprob
 from atoms.errors import EngineError, EngineOverloadedError, EngineStoppedError, RequestTooLongError
 
 BREAK = "<break>"
@@ -41,6 +41,9 @@ class ScriptedEngine:
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(sum(word.encode()) % 997 for word in text.split())
+
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Grammars are taken note of in `requests`; the script is recited whatever they say."""
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         self._admit(request)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import jsonschema
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from pydantic import BaseModel, ConfigDict, Field
 
 from atoms.package import Package
 
@@ -133,3 +137,74 @@ def test_errors_have_openai_form(server) -> None:
             _ask(client, model, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
         with pytest.raises(BadRequestError, match="strength"):
             _ask(client, model, {"steering": {"strength": 2}})
+
+
+class _Person(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # else an answer may go on with properties of its own
+    name: Annotated[str, Field(max_length=12)]
+    age: Annotated[int, Field(ge=0, le=150)]
+    tags: Annotated[list[Literal["red", "green"]], Field(min_length=1, max_length=2)]
+
+
+def _person(**fields: object) -> dict[str, Any]:
+    schema = _Person.model_json_schema() | fields
+    return {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": schema}}
+
+
+async def test_answers_match_a_schema_whatever_the_mix_and_temperature(server, real_package: Package) -> None:
+    """One batch of constrained and free rows, steered and not: every constrained one validates, no free one changes."""
+    url, model = server
+    atom = real_package.manifest.atoms[0].id
+    async with AsyncOpenAI(base_url=url, api_key="none") as client:
+
+        async def ask(temperature: float, mix: dict, constrained: bool) -> str:
+            answer = await client.chat.completions.create(
+                model=model, messages=PROMPT, max_tokens=90 if constrained else 8, temperature=temperature, seed=1,
+                extra_body={"steering": {"atoms": mix}} | ({"response_format": _person()} if constrained else {}),
+            )  # fmt: skip
+            assert not constrained or answer.choices[0].finish_reason == "stop"
+            return answer.choices[0].message.content
+
+        free = [await ask(0, mix, False) for mix in ({}, {atom: 3})]
+        cells = [(t, mix, constrained) for constrained in (True, False) for t in (0, 1) for mix in ({}, {atom: 3})]
+        texts = await asyncio.gather(*(ask(*cell) for cell in cells))
+    for text in texts[:4]:
+        jsonschema.validate(json.loads(text), _Person.model_json_schema())
+    assert texts[4:6] == free, "a row without a grammar was changed by those with one"
+
+
+def test_the_sdks_own_parser_and_stream_of_a_schema(server) -> None:
+    url, model = server
+    with OpenAI(base_url=url, api_key="none") as client:
+        parsed = client.chat.completions.parse(
+            model=model, messages=PROMPT, max_tokens=90, temperature=0, response_format=_Person
+        )
+        assert isinstance(parsed.choices[0].message.parsed, _Person)
+        chunks = list(_ask_json(client, model, stream=True))
+        cut = _ask_json(client, model, max_tokens=3)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == parsed.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert cut.choices[0].finish_reason == "length"
+    assert parsed.choices[0].message.content.startswith(cut.choices[0].message.content)
+
+
+def _ask_json(client: OpenAI, model: str, **more):
+    options: dict[str, Any] = {"max_tokens": 90, "temperature": 0, "response_format": _person(), **more}
+    return client.chat.completions.create(model=model, messages=PROMPT, **options)
+
+
+def test_json_mode_choices_and_refused_schemas(server) -> None:
+    url, model = server
+    with OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        text = client.completions.create(
+            model=model, prompt="Is fire hot? Answer:", temperature=1, n=3, max_tokens=9,
+            extra_body={"structured_outputs": {"choice": ["certainly", "no"]}},
+        )  # fmt: skip
+        assert {choice.text for choice in text.choices} <= {"certainly", "no"}
+        mode = _ask_json(client, model, response_format={"type": "json_object"}, max_tokens=3, temperature=1)
+        assert mode.choices[0].message.content.startswith("{")
+        with pytest.raises(BadRequestError, match="not") as refused:
+            _ask_json(client, model, response_format=_person(**{"not": {"type": "string"}}))
+        assert refused.value.param == "response_format.json_schema.schema"
+        with pytest.raises(BadRequestError, match="not"):
+            _ask_json(client, model, response_format=_person(**{"not": {"type": "string"}}), stream=True)

@@ -12,6 +12,8 @@ from httpx import AsyncClient, Response
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from atoms.engine import Grammar
+from atoms.errors import GrammarError
 from server.config import ServeConfig
 from server.embedded.scripted import BREAK, ScriptedEngine
 from server.limits import Limits
@@ -246,9 +248,9 @@ async def test_messages_as_templates_read_them(
 
 REFUSED: dict[str, object] = {
     "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{}], "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"}, "audio": {}, "modalities": ["audio"], "prediction": {},
+    "audio": {}, "modalities": ["audio"], "prediction": {},
     "reasoning_effort": "high", "web_search_options": {}, "store": True, "verbosity": "low",
-    "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "g", "structured_outputs": {},
+    "guided_json": {}, "guided_regex": "a", "guided_choice": ["a"], "guided_grammar": "g",
     "min_tokens": 1, "stop_token_ids": [1], "bad_words": ["x"], "use_beam_search": True, "best_of": 2, "echo": True,
     "suffix": "x", "prompt_logprobs": 0, "chat_template": "{}", "chat_template_kwargs": {"a": 1},
     "add_generation_prompt": False, "continue_final_message": True, "truncate_prompt_tokens": 5,
@@ -278,6 +280,86 @@ async def test_unsupported_fields_are_refused_by_name(client: AsyncClient, name:
 async def test_neutral_and_foreign_fields_are_accepted(client: AsyncClient) -> None:
     assert (await chat(client, **NEUTRAL)).status_code == 200
     assert (await complete(client, **NEUTRAL)).status_code == 200
+
+
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"é": {"type": "integer"}}}
+ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
+
+
+def json_schema(**fields: object) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA} | fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, ANY_OBJECT),
+        ({"response_format": json_schema(strict=True, description="d")},
+         Grammar("json_schema", '{"type":"object","properties":{"é":{"type":"integer"}}}')),
+        ({"structured_outputs": {"json": '{"type": "object"}'}}, ANY_OBJECT),
+        ({"structured_outputs": {"json_object": True, "regex": None}}, ANY_OBJECT),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"choice": ["yes", "é"]}, "response_format": {"type": "text"}},
+         Grammar("choice", '["yes","é"]')),
+    ],
+)  # fmt: skip
+async def test_grammars_reach_the_engine(
+    client: AsyncClient, engine: ScriptedEngine, fields: dict[str, Any], grammar: Grammar | None
+) -> None:
+    assert (await chat(client, **fields)).status_code == 200
+    assert (await complete(client, **fields)).status_code == 200
+    assert [request.sampling.grammar for request in engine.requests] == [grammar] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {}}, "response_format.type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x"),
+        ({"response_format": {"type": "json_object", "json_schema": {}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": json_schema(name=5)}, "response_format.json_schema.name"),
+        ({"response_format": json_schema(strict=1)}, "response_format.json_schema.strict"),
+        ({"response_format": json_schema(schema=None)}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema=[])}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema="{")}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(schema={"enum": ["x" * 70_000]})}, "response_format.json_schema.schema"),
+        ({"response_format": json_schema(extra=1)}, "response_format.json_schema.extra"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "start: A"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"regex": ""}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+async def test_bad_grammars(client: AsyncClient, engine: ScriptedEngine, fields: dict[str, Any], param: str) -> None:
+    response = await chat(client, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert len(response.text) < 500
+    assert not engine.requests
+
+
+async def test_a_grammar_that_the_engine_refuses_is_blamed_on_its_field(
+    client: AsyncClient, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(grammar: Grammar) -> None:
+        raise GrammarError(f"cannot follow {grammar.kind}")
+
+    monkeypatch.setattr(engine, "compile_grammar", refuse)
+    for stream in (False, True):
+        response = await chat(client, response_format=json_schema(), stream=stream)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "response_format.json_schema.schema")
+        assert "cannot follow json_schema" in error["message"]
 
 
 async def test_true_is_no_neutral_one(client: AsyncClient) -> None:
