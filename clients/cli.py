@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -100,15 +100,25 @@ def discover(
     factor_documents: Annotated[int, typer.Option(help="Documents on which the eigenvectors are fitted.")] = 96,
     eigenvalue_documents: Annotated[int, typer.Option(help="Documents on which the eigenvalues are fitted.")] = 192,
     components: Annotated[int, typer.Option(help="Eigencomponents kept a LoRA matrix.")] = 50,
-    damping: Annotated[float, typer.Option(help="Added to eigenvalues, relative to their mean in the matrix.")] = 0.1,
+    damping: Annotated[
+        float | None,
+        typer.Option(help="Added to eigenvalues, relative to their mean in the matrix; default: 0.1.", show_default=False),
+    ] = None,
     atoms: Annotated[
         int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 documents.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
-    signed_codes: Annotated[bool, typer.Option("--signed-codes", help="Let codes be negative.")] = False,
+    signed_codes: Annotated[
+        bool | None, typer.Option("--signed-codes/--nonnegative-codes", help="Whether codes may be negative; default: no.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="default, or paper: the published pipeline's choices, for comparison.")
+    ] = "default",
     keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 24,
     min_documents: Annotated[int, typer.Option(help="Fewest documents that support an atom.")] = 6,
-    exponent: Annotated[float, typer.Option(help="Unprojection exponent p, -0.5 (natural step) to 0.5.")] = 0.5,
+    exponent: Annotated[
+        float | None, typer.Option(help="Unprojection exponent p, -0.5 (natural step) to 0.5; default: 0.5.")
+    ] = None,
     composition: Annotated[str, typer.Option(help="linear or parameter.")] = "linear",
     calibration_prompts: Annotated[int, typer.Option(help="Neutral prompts on which drift is measured.")] = 16,
     continuation_tokens: Annotated[int, typer.Option(help="Tokens continued from each of them.")] = 24,
@@ -129,10 +139,16 @@ def discover(
         DiscoverConfig,
         FinetuneConfig,
         SelectConfig,
+        recipe_settings,
     )
     from offline.pipeline import discover as run
     from offline.progress import Progress
 
+    def settings(part: str, **given: object) -> dict[str, Any]:
+        """The recipe's settings of a part, with what was asked for by an option on top."""
+        return recipe_settings(recipe, part) | {name: value for name, value in given.items() if value is not None}
+
+    nonnegative = None if signed_codes is None else not signed_codes
     config = DiscoverConfig(
         model=model, data=data, out=out, adapter=adapter, revision=revision, work=work, name=name, version=version,
         device=device, dtype=dtype, seed=seed, limit=limit, max_length=max_length, batch_tokens=batch_tokens,
@@ -140,11 +156,12 @@ def discover(
         finetune=FinetuneConfig(rank=rank, alpha=lora_alpha, epochs=epochs, learning_rate=learning_rate,
                                 target_modules=tuple(_split(target_modules))),
         curvature=CurvatureConfig(factor_documents=factor_documents, eigenvalue_documents=eigenvalue_documents,
-                                  components=components, damping=damping),
-        dictionary=DictionaryConfig(atoms=atoms, alpha=alpha, nonnegative=not signed_codes),
-        select=SelectConfig(keep=keep, min_documents=min_documents),
-        calibrate=CalibrateConfig(exponent=exponent, composition=composition, prompts=calibration_prompts,  # type: ignore[arg-type]
-                                  continuation_tokens=continuation_tokens, coefficients=_numbers(coefficients)),
+                                  components=components, **settings("curvature", damping=damping)),
+        dictionary=DictionaryConfig(atoms=atoms, alpha=alpha, **settings("dictionary", nonnegative=nonnegative)),
+        select=SelectConfig(keep=keep, min_documents=min_documents, **settings("select")),
+        calibrate=CalibrateConfig(composition=composition, prompts=calibration_prompts,  # type: ignore[arg-type]
+                                  continuation_tokens=continuation_tokens, coefficients=_numbers(coefficients),
+                                  **settings("calibrate", exponent=exponent)),
     )  # fmt: skip
     _quiet_libraries()
     if dry_run:
@@ -313,7 +330,7 @@ def serve(
         list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="With --engine vllm: options of `vllm serve`.")
     ] = None,
 ) -> None:
-    """Serve a package through an OpenAI-compatible API on transformers."""
+    """Serve a package through an OpenAI-compatible API, on transformers or inside vLLM."""
     import os
 
     from server.config import ServeConfig
