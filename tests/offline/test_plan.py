@@ -151,7 +151,7 @@ def test_the_command_prints_the_plan_and_writes_nothing(
         "gradients",
         "drift matrix",
         "in all",
-        "MiB",
+        "measured in the probe",
         "probe of",
     )
     assert [word for word in shown if word not in out] == []
