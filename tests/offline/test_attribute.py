@@ -80,7 +80,7 @@ def test_blocks_do_not_show(
     monkeypatch.setattr("offline.attribute._BLOCK_DOCUMENTS", 3)
     for got, expected in zip(attributor.attribute(iter(documents[:7])), attributions[:7], strict=True):
         assert got.document == expected.document
-        assert float((got.row - expected.row).norm()) < 1e-3, "other batches may round otherwise, and no more"
+        assert float((got.row - expected.row).norm()) < 1e-2, "other batches may round otherwise, and no more"
 
 
 def test_shares_and_the_unexplained_part_make_the_whole_row(
