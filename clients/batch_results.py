@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atoms.errors import ConfigError, DataError
-from atoms.storage import read_json, storage_errors, write_json
+from atoms.storage import read_json, replaced_file, storage_errors, write_json
 
 _SYNC_SECONDS = 1.0
 
@@ -127,20 +126,11 @@ def _result(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def _without_failures(path: Path, file: FileIO) -> FileIO:
     """Replaces `path` by a copy without failed lines, and opens and locks that."""
+    with replaced_file(path) as kept:
+        for number, line in enumerate(_whole_lines(path), 1):
+            if _result(path, number, line)["error"] is None:
+                kept.write(line)
     with storage_errors(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as kept:
-                for number, line in enumerate(_whole_lines(path), 1):
-                    if _result(path, number, line)["error"] is None:
-                        kept.write(line)
-                kept.flush()
-                os.fsync(kept.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         fresh = path.open("ab", buffering=0)
     _lock(fresh, path)
     file.close()
