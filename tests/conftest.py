@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 os.environ.setdefault(
@@ -39,6 +44,7 @@ from offline.pipeline import discover
 from offline.progress import Progress
 
 ROOT = Path(__file__).parents[1]
+SERVER_START_SECONDS = 180
 TINY_SHARD = 16
 """Documents in a shard of rows, so that the tiny corpus has several."""
 CHAT_TEMPLATE = (
@@ -191,3 +197,35 @@ def tiny_package(tiny_config: Callable[..., DiscoverConfig], tmp_path_factory: p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offline.rows.SHARD_DOCUMENTS", TINY_SHARD)
         return discover(tiny_config(tmp_path_factory.mktemp("tiny-package") / "package"), Progress(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[list[str], Path], AbstractContextManager[str]]:
+    """`with serving(options, log) as url`: `atomsteer serve` on a free port, which SIGTERM must stop cleanly."""
+
+    @contextmanager
+    def run(options: list[str], log: Path) -> Iterator[str]:
+        command = [sys.executable, "-m", "clients.cli", "serve", "--port", "0", *options]
+        with log.open("w") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield _url_of(process, log)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=60)
+        assert code == 0, f"SIGTERM did not stop the server cleanly:\n{log.read_text()}"
+
+    return run
+
+
+def _url_of(process: subprocess.Popen[bytes], log: Path) -> str:
+    for _ in range(SERVER_START_SECONDS * 5):
+        if found := re.search(r"serves .* on (http://\S+)", log.read_text()):
+            return found[1]
+        if process.poll() is not None:
+            break
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError(f"the server did not start:\n{log.read_text()}")

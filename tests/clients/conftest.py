@@ -1,21 +1,20 @@
-"""A real server on the real model, started once for all tests of clients."""
+"""A real server on the real model, started once for all tests of clients; and the command in this process."""
 
 from __future__ import annotations
 
-import re
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from atoms.package import Package
+from clients.cli import main
 
 ADMIN_KEY = "admin-key-of-the-tests"
-START_SECONDS = 180
+Serving = Callable[[list[str], Path], AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session")
@@ -30,33 +29,36 @@ def named_package(real_package: Package, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def real_server(named_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def real_server(
+    named_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory, serving: Serving
+) -> Iterator[str]:
     """The URL, with /v1, of `atomsteer serve` with an admin key; its model is called ``demo``."""
     home = tmp_path_factory.mktemp("serve")
-    log = home / "log"
-    command = [
-        sys.executable, "-m", "clients.cli", "serve", "--package", str(named_package.path), "--model", str(smol_path),
-        "--port", "0", "--dtype", "float32", "--served-model-name", "demo", "--admin-key", ADMIN_KEY,
+    options = [
+        "--package", str(named_package.path), "--model", str(smol_path), "--dtype", "float32", "--served-model-name", "demo", "--admin-key", ADMIN_KEY,
         "--preset", "lists=bulleted-list=1.5", "--database", f"sqlite:///{home / 'atomsteer.db'}",
     ]  # fmt: skip
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        yield _url(process, log) + "/v1"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-    assert code == 0, f"SIGTERM did not stop the server cleanly:\n{log.read_text()}"
+    with serving(options, home / "log") as url:
+        yield url + "/v1"
 
 
-def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    for _ in range(START_SECONDS * 5):
-        if found := re.search(r"serves .* on (http://\S+)", log.read_text()):
-            return found[1]
-        if process.poll() is not None:
-            break
-        try:
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-    raise AssertionError(f"the server did not start:\n{log.read_text()}")
+@pytest.fixture
+def package(tiny_package: Package, tmp_path: Path) -> Package:
+    shutil.copytree(tiny_package.path, tmp_path / "package")
+    return Package.read(tmp_path / "package")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`cli("inspect", path)`: exit status, standard output, standard error of the command."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["atomsteer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_status:
+            main()
+        output = capsys.readouterr()
+        return int(exit_status.value.code or 0), output.out, output.err
+
+    return run

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,33 +12,12 @@ import pytest
 from atoms.adapter import read_adapter
 from atoms.mix import Mix
 from atoms.package import Package
-from clients.cli import main
-
-
-@pytest.fixture
-def package(tiny_package: Package, tmp_path: Path) -> Package:
-    shutil.copytree(tiny_package.path, tmp_path / "package")
-    return Package.read(tmp_path / "package")
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`cli("inspect", path)`: exit status, standard output, standard error of the command."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atomsteer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_status:
-            main()
-        output = capsys.readouterr()
-        return int(exit_status.value.code or 0), output.out, output.err
-
-    return run
-
 
 Cli = Callable[..., tuple[int, str, str]]
-COMMANDS = ("discover", "inspect", "report", "label", "export", "serve", "generate", "attribute", "demo")
+COMMANDS = (
+    "discover", "inspect", "report", "label", "export", "serve", "generate", "attribute", "evaluate", "sweep", "batch", "chat",
+    "experiment", "preset", "db", "demo",
+)  # fmt: skip
 
 
 def test_help_lists_every_command(cli: Cli) -> None:

@@ -18,7 +18,6 @@ import pytest
 
 from atoms.package import Package
 from atoms.storage import sha256_file
-from clients.cli import main
 from offline.evaluation.prompts import demo_data
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -28,27 +27,6 @@ FEW = ("--dev-prompts", 2, "--heldout-prompts", 3, "--kl-prompts", 2, "--coeffic
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
-
-
-@pytest.fixture
-def package(tiny_package: Package, tmp_path: Path) -> Package:
-    shutil.copytree(tiny_package.path, tmp_path / "package")
-    return Package.read(tmp_path / "package")
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`cli("sweep", path)`: exit status, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["atomsteer", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_status:
-            main()
-        output = capsys.readouterr()
-        return int(exit_status.value.code or 0), output.out, output.err
-
-    return run
 
 
 def test_evaluate_reports_every_goal_and_leaves_the_package_alone(cli: Cli, package: Package, tmp_path: Path) -> None:

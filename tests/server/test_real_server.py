@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,41 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from atoms.package import Package
 
-START_SECONDS = 180
 PROMPT = [{"role": "user", "content": "Name three fruits."}]
 
 
 @pytest.fixture(scope="module")
 def server(
-    real_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, str]]:
+    real_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    serving: Callable[[list[str], Path], AbstractContextManager[str]],
+) -> Iterator[tuple[str, str]]:  # fmt: skip
     """(base URL, name of the model); asserts at the end that SIGTERM stops the server cleanly."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "clients.cli", "serve", "--package", str(real_package.path), "--model", str(smol_path),
-             "--port", "0", "--dtype", "float32"],
-            stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    try:
-        yield _url(process, log) + "/v1", real_package.manifest.name
-    finally:
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-    assert code == 0, f"SIGTERM did not stop the idle server cleanly:\n{log.read_text()}"
-
-
-def _url(process: subprocess.Popen[bytes], log: Path) -> str:
-    for _ in range(START_SECONDS * 5):
-        if found := re.search(r"serves .* on (http://\S+)", log.read_text()):
-            return found[1]
-        if process.poll() is not None:
-            break
-        try:
-            process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            continue
-    raise AssertionError(f"the server did not start:\n{log.read_text()}")
+    options = ["--package", str(real_package.path), "--model", str(smol_path), "--dtype", "float32"]
+    with serving(options, log) as url:
+        yield url + "/v1", real_package.manifest.name
 
 
 def _steer(**atoms: float) -> dict:
