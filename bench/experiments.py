@@ -32,6 +32,7 @@ from typing import Any
 import httpx2 as httpx
 
 ADMIN = {"Authorization": "Bearer boss"}
+SCRIPTED_SERVER = Path(__file__).parents[1] / "tests" / "server" / "experiments" / "scripted_server.py"
 PROMPTS = ("Name three fruits.", "How do I bake bread?", "What is the capital of France?", "Write a short poem.")
 
 
@@ -42,35 +43,13 @@ def experiment(package: Any) -> dict[str, Any]:
     return {"name": "bench", "arms": arms, "metrics": [{"name": "score"}]}
 
 
-def serve(package_path: str, url: str) -> None:
-    """The child process: a server on an engine that recites."""
-    from atoms.package import Package
-    from server.config import ServeConfig
-    from server.context import Traffic
-    from server.embedded.app import create_app
-    from server.embedded.scripted import ScriptedEngine
-    from server.embedded.serve import draining_server, reserve_port
-    from server.state import State
-    from server.store.schema import open_database
-
-    package = Package.read(Path(package_path))
-    state = State(open_database(url), package.manifest.name)
-    engine, traffic = ScriptedEngine(slots=256, max_waiting=4096), Traffic()
-    config = ServeConfig(package=package.path, admin_keys=("boss",), access_log=False)
-    app = create_app(package, engine, config, traffic=traffic, state=state)
-    with reserve_port("127.0.0.1", 0) as listener:
-        where = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        draining_server(app, engine, traffic, 5.0, where).run(sockets=[listener])
-    state.close()
-
-
 @contextmanager
 def server(package_path: Path, url: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "bench.experiments", str(package_path), "--serve", url]
+    command = [sys.executable, str(SCRIPTED_SERVER), str(package_path), url]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        yield process.stdout.readline().strip() + "/v1"
+        yield process.stdout.readline().split()[-1] + "/v1"
     finally:
         process.terminate()
         process.wait()
@@ -231,10 +210,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--no-ingest", action="store_true", help="measure generation only")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return serve(str(args.package), args.serve)
     from atoms.package import Package
 
     package = Package.read(args.package)

@@ -1,4 +1,4 @@
-"""A server process with a real database and socket whose engine recites a script: to be killed.
+"""A server process with a real database and socket whose engine recites a script: to be killed, or measured.
 
 python scripted_server.py PACKAGE DATABASE_URL
 """
@@ -21,7 +21,7 @@ from server.store.schema import open_database
 def main(path: str, url: str) -> None:
     package = Package.read(Path(path))
     state = State(open_database(url), package.manifest.name)
-    engine, traffic = ScriptedEngine(slots=64, max_waiting=64), Traffic()
+    engine, traffic = ScriptedEngine(slots=256, max_waiting=4096), Traffic()
     config = ServeConfig(package=package.path, admin_keys=("boss",), access_log=False)
     app = create_app(package, engine, config, traffic=traffic, state=state)
     with reserve_port("127.0.0.1", 0) as listener:
