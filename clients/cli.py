@@ -102,14 +102,17 @@ def discover(
     components: Annotated[int, typer.Option(help="Eigencomponents kept a LoRA matrix.")] = 50,
     damping: Annotated[
         float | None,
-        typer.Option(help="Added to eigenvalues, relative to their mean in the matrix; default: 0.1.", show_default=False),
+        typer.Option(
+            help="Added to eigenvalues, relative to their mean in the matrix; default: 0.1.", show_default=False
+        ),
     ] = None,
     atoms: Annotated[
         int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 documents.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
     signed_codes: Annotated[
-        bool | None, typer.Option("--signed-codes/--nonnegative-codes", help="Whether codes may be negative; default: no.")
+        bool | None,
+        typer.Option("--signed-codes/--nonnegative-codes", help="Whether codes may be negative; default: no."),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="default, or paper: the published pipeline's choices, for comparison.")
@@ -314,8 +317,10 @@ def serve(
     ] = None,
     database: Annotated[
         str | None,
-        typer.Option(help="URL of SQLite or PostgreSQL for presets and experiments, or none; default: a SQLite file of "
-                     "the user's. Also ATOMSTEER_DATABASE."),
+        typer.Option(
+            help="URL of SQLite or PostgreSQL for presets and experiments, or none; default: a SQLite file of "
+            "the user's. Also ATOMSTEER_DATABASE."
+        ),
     ] = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
     access_log: Annotated[
@@ -327,7 +332,8 @@ def serve(
         str, typer.Option(help="transformers (the embedded server), or vllm where that is installed.")
     ] = "transformers",
     vllm_options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="With --engine vllm: options of `vllm serve`.")
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM OPTIONS]", help="With --engine vllm: options of `vllm serve`."),
     ] = None,
 ) -> None:
     """Serve a package through an OpenAI-compatible API, on transformers or inside vLLM."""
@@ -387,7 +393,9 @@ def generate(
 
 @app.command()
 def batch(
-    requests: Annotated[Path, typer.Argument(metavar="IN", help="OpenAI batch file or prompts: JSONL, CSV, Parquet, text.")],
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN", help="OpenAI batch file or prompts: JSONL, CSV, Parquet, text.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="JSONL to write, or to go on with.")],
     package: Annotated[Path | None, typer.Option("--package", help="Package to run in this process.")] = None,
     server: Annotated[str | None, typer.Option("--server", help="URL of a running server instead.")] = None,
@@ -402,11 +410,15 @@ def batch(
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight; default: twice the slots, or 32 with --server.")
     ] = None,
-    max_retries: Annotated[int, typer.Option(min=0, help="Tries after the first one, on 429, 5xx and no connection.")] = 10,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Tries after the first one, on 429, 5xx and no connection.")
+    ] = 10,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Drop lines that failed from OUT first, and answer them again.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count and predict KL; load no model, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count and predict KL; load no model, write nothing.")
+    ] = False,
     model: ModelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -120,7 +120,9 @@ def test_an_atom_that_lowers_the_loss_stays_and_its_evidence_is_the_loss(
 
 def test_an_atom_of_the_wrong_sign_is_flipped_with_its_curve(meter: DriftMeter, lowering: Calibrated) -> None:
     wrong = Calibrated({k: -v for k, v in lowering.direction.items()}, {-1.0: 0.06, 0.0: 0.0, 1.0: 0.04})
-    assert mean_loss(meter, dict(wrong.direction)) >= mean_loss(meter, None), "both signs lower the loss: choose another"
+    assert mean_loss(meter, dict(wrong.direction)) >= mean_loss(meter, None), (
+        "both signs lower the loss: choose another"
+    )
     oriented = orient(meter, wrong, DOCUMENTS, 64)
     assert oriented is not None
     flipped, evidence = oriented
