@@ -1,0 +1,118 @@
+"""Answers under mixes: generate, chat, batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clients.options import DeviceOption, DtypeOption, MixOption, ModelOption, PackageOption, quiet_libraries
+
+app = typer.Typer()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
+    package: PackageOption,
+    mix: MixOption = None,
+    model: ModelOption = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    allow_out_of_range: Annotated[
+        bool, typer.Option("--allow-out-of-range", help="Allow coefficients beyond an atom's tested range.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Stream one answer under a mix, without a server."""
+    from clients.generate import stream_answer
+
+    quiet_libraries()
+    stream_answer(package, mix or [], prompt, system=system, model=model, max_tokens=max_tokens, temperature=temperature,
+                  seed=seed, allow_out_of_range=allow_out_of_range, device=device, dtype=dtype)  # fmt: skip
+
+
+@app.command()
+def chat(
+    package: Annotated[Path | None, typer.Option("--package", help="Package to run in this process.")] = None,
+    server: Annotated[str | None, typer.Option("--server", help="URL of a running server instead.")] = None,
+    key: Annotated[str | None, typer.Option("--key", envvar="ATOMSTEER_API_KEY", help="Key of the server.")] = None,
+    mix: MixOption = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Talk in the terminal; /mix, /atoms, /compare and /reset between turns."""
+    if server is None:
+        quiet_libraries()
+    from clients.chat import run_chat
+    from server.embedded.load import EngineOptions
+
+    sampling = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
+    run_chat(package=package, server=server, key=key, mix=mix or [], system=system, sampling=sampling,
+             options=EngineOptions(model=model, device=device, dtype=dtype, slots=2))  # fmt: skip
+
+
+@app.command()
+def batch(
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN", help="OpenAI batch file or prompts: JSONL, CSV, Parquet, text.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="JSONL to write, or to go on with.")],
+    package: Annotated[Path | None, typer.Option("--package", help="Package to run in this process.")] = None,
+    server: Annotated[str | None, typer.Option("--server", help="URL of a running server instead.")] = None,
+    key: Annotated[str | None, typer.Option("--key", envvar="ATOMSTEER_API_KEY", help="Key of the server.")] = None,
+    mix: MixOption = None,
+    column: Annotated[str | None, typer.Option(help="Column of prompts; default: prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before plain prompts.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, where a line says nothing.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Where a line says nothing; 0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling, where a line says nothing.")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="With --package: sequences decoded at once.")] = 16,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight; default: twice the slots, or 32 with --server.")
+    ] = None,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="Tries after the first one, on 429, 5xx and no connection.")
+    ] = 10,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Drop lines that failed from OUT first, and answer them again.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count and predict KL; load no model, write nothing.")
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Answer every line of a file under mixes. Run again after a stop: it resumes. Status 1 if lines failed."""
+    if not dry_run and server is None:
+        quiet_libraries()
+    from atoms.mix import parse_mix
+    from clients.batch import BatchConfig, print_dry_run, run_batch
+    from clients.batch_lines import Defaults
+    from server.embedded.load import EngineOptions
+
+    body = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
+    config = BatchConfig(
+        input=requests, out=out, defaults=Defaults(body, {"atoms": parse_mix(mix)} if mix else None, column, system),
+        concurrency=concurrency or (32 if server else 2 * slots), max_retries=max_retries, retry_failed=retry_failed,
+        quiet=quiet,
+    )  # fmt: skip
+    if dry_run:
+        return print_dry_run(config, package=package, server=server, key=key)
+    options = EngineOptions(model=model, device=device, dtype=dtype, slots=slots)
+    outcome = run_batch(config, package=package, server=server, key=key, options=options)
+    rate = f", {outcome.tokens / outcome.seconds:.1f} tok/s" if outcome.seconds else ""
+    print(f"{out}: {outcome.done} lines answered, {outcome.failed} of them failed{rate}")
+    if outcome.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,46 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PackageArgument = Annotated[Path, typer.Argument(metavar="PKG", help="Directory of a package.", show_default=False)]
+PackageOption = Annotated[Path, typer.Option("--package", help="Directory of a package.", show_default=False)]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Directory or hub id of the base model; default: the one the package names."),
+]
+MixOption = Annotated[
+    list[str] | None, typer.Option("--mix", help='Atoms with coefficients, such as "bulleted-list=2,code=-1".')
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is at the output path.")]
+
+
+def names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    convert: Callable[[str], float] = float
+    try:
+        return tuple(convert(part) for part in names(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as -2,2") from error
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' own bars and notices out of our output; errors still raise."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
