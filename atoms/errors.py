@@ -90,9 +90,9 @@ class EngineError(AtomsteerError):
 
 
 class EngineOverloadedError(EngineError):
-    """The queue is full. `retry_after` is the advised wait in seconds."""
+    """The queue is full. `retry_after` is the advised wait in seconds, None where the engine cannot say."""
 
-    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

@@ -1,4 +1,5 @@
-"""The `atomsteer` command. Its subcommands are in `commands/`, `experiment.py`, `preset.py` and `database.py`.
+"""The `atomsteer` command. Its subcommands are in `commands/`, `experiment.py`, `preset.py`, `database.py`
+and `keys.py`.
 
 Only typer is imported here and there; each command imports what it needs, so `--help` answers at once. Errors that
 atomsteer raises on purpose are printed without a traceback, and the exit status is 2.
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from clients import database, experiment, preset
+from clients import database, experiment, keys, preset
 from clients.commands import discovery, generation, measuring, packages, serving
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ for group in (discovery, packages, serving, generation, measuring):
 app.add_typer(experiment.app, name="experiment")
 app.add_typer(preset.app, name="preset")
 app.add_typer(database.app, name="db")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

@@ -1,23 +1,32 @@
-"""Request bodies: bounded while they arrive, declared as JSON, and one object."""
+"""Request bodies: bounded in size and time while they arrive, declared as JSON, and one object."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLargeError, ClientDisconnectedError, InvalidJSONError, MediaTypeError
+from server.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ClientDisconnectedError,
+    InvalidJSONError,
+    MediaTypeError,
+)
 from server.responses import error_response
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies above `limit` bytes: by their declared length at once, else as soon as they grow past it."""
+    """Refuses bodies above `limit` bytes: by their declared length at once, else as soon as they grow past it; and those
+    that have not arrived within `seconds`."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, seconds: float = 30.0) -> None:
         self._app = app
         self._limit = limit
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -25,17 +34,25 @@ class BodyLimitMiddleware:
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._limit:
             return await error_response(self._error(int(declared)))(scope, receive, send)
-        received = 0
+        received, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._seconds
 
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
+        async def receive_bounded() -> Message:
+            nonlocal received, complete
+            if complete:  # what comes now is that the client hangs up, which may take as long as the answer
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise BodyTimeoutError(f"the body has not arrived within {self._seconds:g} s") from error
             received += len(message.get("body", b""))
             if received > self._limit:
                 raise self._error(received)
+            complete = not message.get("more_body", False)
             return message
 
-        await self._app(scope, receive_counted, send)
+        await self._app(scope, receive_bounded, send)
 
     def _error(self, size: int) -> BodyTooLargeError:
         return BodyTooLargeError(f"the body has {size} bytes or more; the limit is {self._limit}: shorten the prompt")

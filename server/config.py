@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from atoms.errors import ConfigError
-from server.limits import Limits
+from server.limits import Limits, Quota
 
 API_KEY_VARIABLE, ADMIN_KEY_VARIABLE = "ATOMSTEER_API_KEY", "ATOMSTEER_ADMIN_KEY"
 DATABASE_VARIABLE = "ATOMSTEER_DATABASE"
 NO_DATABASE = "none"
+LOG_FORMATS = ("text", "json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -28,6 +29,8 @@ class ServeConfig:
     port                 0 chooses a free one
     api_keys             keys for inference; none: anybody may ask
     admin_keys           keys that also see training documents and may leave tested ranges; none: nobody may
+    api_key_file, admin_key_file   files that `atomsteer keys` writes, with hashes of further keys; read again on change
+    quota                what each key may use a minute and at once, unless its file says otherwise
     served_model_name    `model` of requests; None: the package's name
     presets              texts ``name=atom=coefficient,...``
     default_mix          text ``atom=coefficient,...`` for requests that say nothing of steering; None: unsteered
@@ -41,7 +44,10 @@ class ServeConfig:
     allow_training_text  whether admin keys may read training documents
     database             URL of SQLite or PostgreSQL for presets and experiments; None: a SQLite file in the user's state
                          directory; ``none``: no database
-    access_log           one line a request: method, path, status, duration, request id; never a prompt
+    access_log           one line a request: method, path, status, duration, request id, mix, key
+    log_prompts          whether that line also holds the prompt
+    log_format           ``text``, or ``json`` for one JSON object a line
+    body_timeout         seconds within which a body must have arrived
     """
 
     package: Path
@@ -50,6 +56,9 @@ class ServeConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     admin_keys: tuple[str, ...] = field(default=(), repr=False)
+    api_key_file: Path | None = None
+    admin_key_file: Path | None = None
+    quota: Quota = Quota()
     served_model_name: str | None = None
     presets: tuple[str, ...] = ()
     default_mix: str | None = None
@@ -64,10 +73,15 @@ class ServeConfig:
     shutdown_timeout: float = 30.0
     allow_training_text: bool = True
     access_log: bool = True
+    log_prompts: bool = False
+    log_format: str = "text"
+    body_timeout: float = 30.0
     database: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "package", Path(self.package))
+        for path in ("package", "api_key_file", "admin_key_file"):
+            if getattr(self, path) is not None:
+                object.__setattr__(self, path, Path(getattr(self, path)))
         _require(bool(self.host.strip()), "host", self.host, "an address or host name, such as 127.0.0.1")
         _require(_whole(self.port) and 0 <= self.port <= 65535, "port", self.port, "a whole number from 0 to 65535")
         for count in ("slots", "max_waiting", "prefill_tokens_per_step"):
@@ -78,6 +92,9 @@ class ServeConfig:
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         timeout = self.shutdown_timeout
         _require(math.isfinite(timeout) and timeout >= 0, "shutdown_timeout", timeout, "0 seconds or more")
+        _require(math.isfinite(self.body_timeout) and self.body_timeout > 0, "body_timeout", self.body_timeout,
+                 "more than 0 seconds")  # fmt: skip
+        _require(self.log_format in LOG_FORMATS, "log_format", self.log_format, f"one of {', '.join(LOG_FORMATS)}")
         name = self.served_model_name
         _require(name is None or bool(_NAME.fullmatch(name)), "served_model_name", name,
                  "1-128 letters, digits, '.', '_', '-' or '/', starting with a letter or digit")  # fmt: skip

@@ -108,6 +108,27 @@ class MediaTypeError(RequestError):
     """The body is not declared as JSON."""
 
 
+class QuotaError(RequestError):
+    """The key has used what it may. `limit` says which bound, `retry_after` when to come back, in seconds."""
+
+    def __init__(self, message: str, limit: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after = retry_after
+
+
+class BodyTimeoutError(RequestError):
+    """The body did not arrive in time."""
+
+
+class ReloadError(RequestError):
+    """The package at the configured path cannot be served; the one that was served goes on."""
+
+
+class NotSupportedHereError(RequestError):
+    """This host cannot do what the other one can."""
+
+
 class ClientDisconnectedError(RequestError):
     """The client hung up; nobody reads the answer. The status is for logs and metrics."""
 
@@ -150,6 +171,10 @@ _KINDS: dict[type[Exception], ErrorKind] = {
     MethodNotAllowedError: ErrorKind(405, _INVALID, "method_not_allowed"),
     BodyTooLargeError: ErrorKind(413, _INVALID, "body_too_large"),
     MediaTypeError: ErrorKind(415, _INVALID, "unsupported_media_type"),
+    BodyTimeoutError: ErrorKind(408, _INVALID, "body_timeout"),
+    QuotaError: ErrorKind(429, "rate_limit_error", "rate_limit_exceeded"),
+    ReloadError: ErrorKind(409, _INVALID, "reload_failed"),
+    NotSupportedHereError: ErrorKind(501, _INVALID, "not_supported"),
     ClientDisconnectedError: ErrorKind(499, _INVALID, "client_disconnected"),
     UnknownAtomError: ErrorKind(404, _INVALID, "atom_not_found"),
     CoefficientError: ErrorKind(400, _INVALID, "invalid_coefficient"),
@@ -176,11 +201,16 @@ def error_body(error: BaseException) -> dict[str, dict[str, str | None]]:
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
-    """Headers that belong to the error's status: ``WWW-Authenticate``, ``Retry-After`` in whole seconds."""
+    """Headers that belong to the error's status: ``WWW-Authenticate``, ``Retry-After`` in whole seconds.
+
+    How long to wait for a place in a full queue the engine need not know; then `RequestContextMiddleware` says it.
+    """
     if isinstance(error, AuthenticationError):
         return {"WWW-Authenticate": "Bearer"}
-    if isinstance(error, EngineOverloadedError):
+    if isinstance(error, EngineOverloadedError | QuotaError) and error.retry_after is not None:
         return {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    if isinstance(error, BodyTimeoutError | BodyTooLargeError):
+        return {"Connection": "close"}  # what is left of the body is not waited for
     if isinstance(error, EngineStoppedError | StoreUnavailableError):
         return {"Retry-After": "5"}
     if isinstance(error, StoreOverloadedError):

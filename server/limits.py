@@ -1,4 +1,4 @@
-"""How much one request may ask for. Every number is a setting; none is hidden in a handler."""
+"""How much one request, and one key, may ask for. Every number is a setting; none is hidden in a handler."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from atoms.errors import ConfigError
 class Limits:
     """Upper bounds of one request.
 
-    `max_body_bytes` counts the body as sent. `max_n` bounds `n` alone, `max_sequences` the product of prompts and `n`.
-    `max_stop_bytes` is the length of one stop string in UTF-8, `max_grammar_bytes` that of a JSON schema, a regular
-    expression or a list of choices.
+    `max_body_bytes` counts the body as sent. `max_tokens` is the longest answer in tokens, None for what the context
+    holds: more is refused, and an answer whose request says nothing ends there. `max_n` bounds `n` alone, `max_sequences`
+    the product of prompts and `n`. `max_stop_bytes` is the length of one stop string in UTF-8, `max_grammar_bytes` that of
+    a JSON schema, a regular expression or a list of choices.
     """
 
     max_body_bytes: int = 1 << 20
+    max_tokens: int | None = None
     max_messages: int = 1024
     max_atoms_per_mix: int = 32
     max_n: int = 16
@@ -30,5 +32,22 @@ class Limits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quota:
+    """Bounds of one key. None: not bounded."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{field.name} is {value!r}; it must be a whole number of at least 1, or left out")

@@ -43,6 +43,13 @@ class SteeringMetrics:
             "atomsteer_steering_errors", "Requests refused for their steering", ("code",), registry=registry
         )
 
+        self._limited = Counter("atomsteer_rate_limited", "Requests refused for their key's quota", ("limit",),
+                                registry=registry)  # fmt: skip
+
+    def limited(self, limit: str) -> None:
+        """A request was refused; `limit` is ``requests``, ``tokens`` or ``concurrent_requests``."""
+        self._limited.labels(limit).inc()
+
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)

@@ -35,9 +35,11 @@ def error_response(error: BaseException) -> Response:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answers atomsteer's and the router's own errors. Unexpected ones are left to `RequestContextMiddleware`."""
+    """Answers atomsteer's and the router's own errors, and unexpected ones with a 500 that tells nothing; those go on to
+    `RequestContextMiddleware`, which logs them."""
     app.add_exception_handler(AtomsteerError, _answer)
     app.add_exception_handler(HTTPException, _answer_router)
+    app.add_exception_handler(Exception, _answer)
 
 
 async def _answer(_request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,20 @@ def serve(
     admin_key: Annotated[
         list[str] | None, typer.Option("--admin-key", help="Admin key. Better: ATOMSTEER_ADMIN_KEY.")
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File of hashed keys for inference (`atomsteer keys`); read again when it changes."),
+    ] = None,
+    admin_key_file: Annotated[Path | None, typer.Option(help="The same for admin keys.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Generation requests a minute of each key; default: no limit.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(help="Prompt and generated tokens a minute of each key; default: no limit.")
+    ] = None,
+    max_concurrent_requests: Annotated[
+        int | None, typer.Option(help="Generation requests of each key at once; default: no limit.")
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Model name in requests; default: the package's name.")
     ] = None,
@@ -40,14 +55,21 @@ def serve(
         int, typer.Option(help="Prompt tokens computed between two decode steps.")
     ] = 512,
     max_atoms_per_mix: Annotated[int, typer.Option(help="Most atoms in one mix.")] = 32,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer in tokens; default: what the context holds.")
+    ] = None,
     max_n: Annotated[int, typer.Option(help="Largest n of a request.")] = 16,
     max_sequences: Annotated[int, typer.Option(help="Most sequences of a request: prompts times n.")] = 64,
     max_messages: Annotated[int, typer.Option(help="Most messages in one chat.")] = 1024,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body in bytes.")] = 1 << 20,
+    body_timeout: Annotated[float, typer.Option(help="Seconds within which a body must have arrived.")] = 30.0,
     max_stop: Annotated[int, typer.Option(help="Most stop strings of a request.")] = 16,
     max_stop_bytes: Annotated[int, typer.Option(help="Longest stop string in bytes.")] = 1024,
     max_logprobs: Annotated[int, typer.Option(help="Most log-probabilities a token.")] = 20,
     max_logit_bias: Annotated[int, typer.Option(help="Most entries of logit_bias.")] = 1024,
+    max_grammar_bytes: Annotated[
+        int, typer.Option(help="Longest JSON schema, regular expression or list of choices in bytes.")
+    ] = 1 << 16,
     no_training_text: Annotated[
         bool, typer.Option("--no-training-text", help="Hide training documents from admin keys too.")
     ] = False,
@@ -63,8 +85,10 @@ def serve(
     ] = None,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
     access_log: Annotated[
-        bool, typer.Option("--access-log/--no-access-log", help="One line a request, never a prompt.")
+        bool, typer.Option("--access-log/--no-access-log", help="One line a request, without the prompt.")
     ] = True,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="The prompt too in the line of a request.")] = False,
+    log_format: Annotated[str, typer.Option(help="text, or json for one JSON object a line.")] = "text",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     engine: Annotated[
@@ -79,7 +103,7 @@ def serve(
     import os
 
     from server.config import ServeConfig
-    from server.limits import Limits
+    from server.limits import Limits, Quota
 
     if engine not in ("transformers", "vllm"):
         raise typer.BadParameter(f"{engine!r} is not transformers or vllm", param_hint="--engine")
@@ -87,14 +111,19 @@ def serve(
         raise typer.BadParameter(f"{vllm_options[0]!r} is an option of vLLM; add --engine vllm")
     config = ServeConfig(
         package=package, model=model, host=host, port=port, api_keys=tuple(api_key or ()), admin_keys=tuple(admin_key or ()),
+        api_key_file=api_key_file, admin_key_file=admin_key_file,
+        quota=Quota(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute,
+                    max_concurrent_requests=max_concurrent_requests),
+        log_prompts=log_prompts, log_format=log_format, body_timeout=body_timeout,
         served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix,
         slots=max_num_seqs if max_num_seqs is not None else 256 if engine == "vllm" else 16,
         max_model_len=max_model_len, max_waiting=max_waiting, prefill_tokens_per_step=prefill_tokens_per_step,
         cors_origins=tuple(cors_origin or ()), shutdown_timeout=shutdown_timeout, access_log=access_log, device=device,
         dtype=dtype, allow_training_text=not no_training_text, database=database,
-        limits=Limits(max_atoms_per_mix=max_atoms_per_mix, max_n=max_n, max_sequences=max_sequences,
+        limits=Limits(max_atoms_per_mix=max_atoms_per_mix, max_tokens=max_tokens, max_n=max_n, max_sequences=max_sequences,
                       max_messages=max_messages, max_body_bytes=max_body_bytes, max_stop=max_stop,
-                      max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias),
+                      max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias,
+                      max_grammar_bytes=max_grammar_bytes),
     ).with_environment(os.environ)  # fmt: skip
     if engine == "vllm":
         from server.vllm.serve import serve as serve_in_vllm

@@ -94,7 +94,9 @@ class Answering:
             if index not in last:
                 prompt_tokens = len(self.sequences.requests[index].prompt_token_ids)
                 self.metrics.sequence_started(prompt_tokens, self.context.seconds)
+                self.context.read(prompt_tokens)
             if delta.token_ids:
+                self.context.generated(len(delta.token_ids))
                 self.metrics.tokens_generated(len(delta.token_ids), now - last[index] if index in last else None)
             last[index] = now
             yield index, delta

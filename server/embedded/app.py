@@ -1,14 +1,17 @@
-"""The embedded server as an ASGI application: middleware outside, then the shared routes and the OpenAI routes.
+"""The embedded server as an ASGI application: middleware outside, then the routes of the version that is served.
 
-request id, headers, metrics, log  ->  CORS (if set)  ->  keys  ->  body limit  ->  routes
+request id, headers, metrics, log  ->  CORS (if set)  ->  keys  ->  quotas  ->  body limit  ->  current version's routes
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from atoms.package import Package
 from server.auth import AuthMiddleware, KeyRing
@@ -17,8 +20,11 @@ from server.config import ServeConfig
 from server.context import ARM_HEADER, MIX_HEADER, REQUEST_ID_HEADER, RequestContextMiddleware, Traffic
 from server.embedded.generation import ServedEngine
 from server.embedded.openai_routes import OpenAIRoutes
+from server.embedded.versions import Version, Versions
 from server.metrics import ServerMetrics
+from server.quotas import QuotaMiddleware, Quotas
 from server.responses import install_error_handlers
+from server.routes.admin import Reload, admin_router
 from server.routes.atoms import atoms_router
 from server.routes.experiments import experiments_router, units_router
 from server.routes.health import health_router
@@ -27,6 +33,22 @@ from server.routes.presets import presets_router
 from server.routes.steering import preview_router
 from server.state import Snapshot, State
 from server.steering import Steering
+
+if TYPE_CHECKING:
+    from server.embedded.load import LoadedPackage
+
+
+class Application:
+    """What uvicorn serves. Engines are closed by `close`, whichever version they belong to."""
+
+    def __init__(self, versions: Versions, outermost: ASGIApp) -> None:
+        self._versions = versions
+        self._outermost = outermost
+        self.reload = versions.reload
+        self.close = versions.close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._outermost(scope, receive, send)
 
 
 def create_app(
@@ -37,21 +59,49 @@ def create_app(
     traffic: Traffic | None = None,
     vocabulary: int | None = None,
     state: State | None = None,
-) -> FastAPI:
-    """The application on a loaded engine and an open database (`state`), both of which stay their caller's to close.
+    load: Callable[[], LoadedPackage] | None = None,
+) -> Application:
+    """The application on a loaded engine, which it closes, and an open database (`state`), which stays its caller's.
 
     `traffic` lets the caller see what is in progress and refuse new work. `vocabulary` is the number of token ids that
-    the model knows; ids at or above it are refused. Raises ConfigError for presets that cannot be applied.
+    the model knows; ids at or above it are refused. `load` reads the package anew, for a reload. Raises ConfigError for
+    presets that cannot be applied, and for key files that cannot be used.
     """
     traffic = traffic or Traffic()
-    steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
-    metrics = ServerMetrics(steering.served_name, engine.stats)
-    fingerprint = f"fp_{package.manifest.content_hash[:12]}"
-    openai = OpenAIRoutes(engine, steering, metrics, traffic, config.limits, fingerprint, vocabulary,
-                          state.recorder if state else None)  # fmt: skip
+    traffic.slots = engine.stats().slots
+    metrics = ServerMetrics(config.served_model_name or package.manifest.name, lambda: versions.stats())
     if state is not None:
         metrics.watch(state.recorder)
 
+    async def reload() -> tuple[Package, Package]:
+        return await versions.reload()
+
+    def version_of(package: Package, engine: ServedEngine, vocabulary: int | None) -> Version:
+        return Version(package, engine, _routes(package, engine, vocabulary, config, metrics, traffic, state, reload))
+
+    versions = Versions(
+        version_of(package, engine, vocabulary),
+        lambda loaded: version_of(loaded.package, loaded.engine, loaded.vocabulary),
+        load,
+    )
+    return Application(versions, _guarded(versions, config, metrics, traffic))
+
+
+def _routes(
+    package: Package,
+    engine: ServedEngine,
+    vocabulary: int | None,
+    config: ServeConfig,
+    metrics: ServerMetrics,
+    traffic: Traffic,
+    state: State | None,
+    reload: Reload,
+) -> ASGIApp:
+    """All routes on one version of the package. Raises ConfigError for presets that cannot be applied."""
+    steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
+    fingerprint = f"fp_{package.manifest.content_hash[:12]}"
+    openai = OpenAIRoutes(engine, steering, metrics, traffic, config.limits, fingerprint, vocabulary,
+                          state.recorder if state else None)  # fmt: skip
     app = FastAPI(title="atomsteer", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(openai.router())
     app.include_router(models_router(steering, max_model_len=engine.max_model_len, created=int(time.time())))
@@ -60,18 +110,23 @@ def create_app(
     app.include_router(presets_router(steering, state))
     app.include_router(experiments_router(steering, state))
     app.include_router(units_router(state))
+    app.include_router(admin_router(reload))
     app.include_router(health_router(package.manifest, metrics, lambda: engine.healthy and not traffic.draining))
     install_error_handlers(app)
+    return app
 
-    app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes)  # innermost first
-    app.add_middleware(AuthMiddleware, keys=KeyRing(config.api_keys, config.admin_keys))
+
+def _guarded(app: ASGIApp, config: ServeConfig, metrics: ServerMetrics, traffic: Traffic) -> ASGIApp:
+    """`app` behind all that a request passes first, innermost first. Raises ConfigError for an unusable key file."""
+    app = BodyLimitMiddleware(app, config.limits.max_body_bytes, config.body_timeout)
+    app = QuotaMiddleware(app, Quotas(config.quota), metrics.limited)
+    app = AuthMiddleware(app, KeyRing.of(config))
     if config.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        app = CORSMiddleware(
+            app,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
             expose_headers=[REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER],
         )
-    app.add_middleware(RequestContextMiddleware, traffic=traffic, metrics=metrics, access_log=config.access_log)
-    return app
+    return RequestContextMiddleware(app, traffic, metrics, config.access_log, config.log_prompts)

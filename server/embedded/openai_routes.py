@@ -21,7 +21,7 @@ from starlette.responses import Response
 from atoms.engine import Grammar, SamplingParams
 from atoms.errors import GrammarError
 from server.body import read_json
-from server.context import RequestContext, Traffic
+from server.context import RequestContext, Traffic, begin_generating
 from server.embedded.answering import Answering, Recording
 from server.embedded.formats import ChatFormat, CompletionFormat
 from server.embedded.generation import Sequences, ServedEngine
@@ -59,6 +59,7 @@ class OpenAIRoutes:
     async def chat(self, request: Request) -> Response:
         context = self._begin(request)
         body = ChatBody.read(await read_json(request), self.limits)
+        context.prompt = body.messages
         messages = template_messages(body.messages, self.limits)
         steering = self._steer(request, body)
         prompts = [await asyncio.to_thread(self.engine.encode_chat, messages)]  # long texts must not hold streams up
@@ -74,6 +75,7 @@ class OpenAIRoutes:
     async def complete(self, request: Request) -> Response:
         context = self._begin(request)
         body = CompletionBody.read(await read_json(request), self.limits)
+        context.prompt = body.prompt
         steering = self._steer(request, body)
         prompts = await asyncio.to_thread(self._encode, body.prompts())
         answer_id = f"cmpl-{uuid.uuid4().hex}"
@@ -87,8 +89,7 @@ class OpenAIRoutes:
 
     def _begin(self, request: Request) -> RequestContext:
         context: RequestContext = request.state.context
-        context.generates = True
-        self.traffic.refuse_if_draining()
+        begin_generating(context, self.traffic)
         return context
 
     def _steer(self, request: Request, body: GenerationBody) -> ResolvedSteering:
@@ -141,6 +142,9 @@ class OpenAIRoutes:
                 raise InvalidFieldError("the prompt has no tokens; send some text", param)
             self._check_ids(max(prompt), param)
         self._check_ids(max((token for token, _ in sampling.logit_bias), default=0), "logit_bias")
+        if self.limits.max_tokens is not None:  # where the body asks for more it has been refused
+            room = max(1, self.engine.max_model_len - max(len(prompt) for prompt in prompts))
+            sampling = replace(sampling, max_tokens=min(self.limits.max_tokens, sampling.max_tokens or room))
         return Sequences.of(answer_id, prompts, body.n, steering.mix, sampling)
 
     def _check_ids(self, largest: int, param: str) -> None:

@@ -88,6 +88,9 @@ class GenerationBody(_Strict, ABC):
             message = "stream_options is given and stream is false; set stream, or leave it out"
             raise InvalidFieldError(message, "stream_options")
         _at_most(self.n, limits.max_n, "n")
+        if limits.max_tokens is not None:
+            for name in ("max_tokens", "max_completion_tokens"):
+                _at_most(getattr(self, name, None) or 0, limits.max_tokens, name, "tokens")
         _at_most(len(self.stop_strings()), limits.max_stop, "stop", "stop strings")
         _at_most(len(self.logit_bias), limits.max_logit_bias, "logit_bias", "entries")
         for text in self.stop_strings():

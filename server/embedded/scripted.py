@@ -88,7 +88,7 @@ class ScriptedEngine:
         if self._closed:
             raise EngineStoppedError("the engine is shutting down")
         if self.waiting >= self.max_waiting:
-            raise EngineOverloadedError(f"{self.waiting} requests wait and the limit is {self.max_waiting}", 2.5)
+            raise EngineOverloadedError(f"{self.waiting} requests wait and the limit is {self.max_waiting}")
         asked = request.sampling.max_tokens or 0
         if len(request.prompt_token_ids) + asked > self.max_model_len:
             raise RequestTooLongError(

@@ -3,6 +3,8 @@
     reserve the port  ->  open the database  ->  load package and model  ->  serve  ->  on SIGTERM or SIGINT drain
     ->  stop the engine  ->  write what was observed
 
+SIGHUP serves the package at its path anew, as ``POST /v1/admin/reload`` does.
+
 Draining: `/ready` turns 503 and new generations are refused with 503 and Retry-After, while the socket stays open, so
 that a router sees it. Requests in progress have `shutdown_timeout` seconds; what is left then ends with an error event.
 A second signal ends them at once.
@@ -14,21 +16,25 @@ import asyncio
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 
-from atoms.errors import ConfigError
+from atoms.errors import AtomsteerError, ConfigError
 from server.config import ServeConfig
+from server.logs import set_up_logging
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from starlette.types import ASGIApp
 
     from server.context import Traffic
-    from server.embedded.generation import ServedEngine
     from server.embedded.load import EngineOptions
 
 _log = logging.getLogger("atomsteer.server")
@@ -43,8 +49,9 @@ def serve(config: ServeConfig) -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; else idle threads spin, see the engine
     config = config.with_environment(os.environ)
-    _set_up_logging()
-    with reserve_port(config.host, config.port) as listener:
+    set_up_logging(config.log_format)
+    with ExitStack() as stack:
+        listener = stack.enter_context(reserve_port(config.host, config.port))
         from server.context import Traffic
         from server.embedded.app import create_app
         from server.embedded.load import load_package
@@ -52,23 +59,23 @@ def serve(config: ServeConfig) -> None:
         from server.store.schema import open_database
 
         database = open_database(url) if (url := config.database_url()) else None
-        loaded = load_package(config.package, engine_options(config))
+        load = partial(load_package, config.package, engine_options(config))
+        loaded = load()
         state = State(database, loaded.package.manifest.name) if database else None
-        try:
-            traffic = Traffic()
-            app = create_app(loaded.package, loaded.engine, config, traffic=traffic, vocabulary=loaded.vocabulary,
-                             state=state)  # fmt: skip
-            manifest = loaded.package.manifest
-            name = config.served_model_name or manifest.name
-            if not config.api_keys and not _is_loopback(listener):
-                _log.warning("no API key is set: whoever reaches %s may use this server", _url(listener))
-            greeting = f"atomsteer serves {name!r} ({len(manifest.atoms)} atoms) on {_url(listener)}"
-            server = draining_server(app, loaded.engine, traffic, config.shutdown_timeout, greeting)
-            server.run(sockets=[listener])
-        finally:
-            loaded.engine.close()
-            if state is not None:
-                state.close()
+        if state is not None:
+            stack.callback(state.close)
+        stack.callback(loaded.engine.close)
+        traffic = Traffic()
+        app = create_app(loaded.package, loaded.engine, config, traffic=traffic, vocabulary=loaded.vocabulary, state=state,
+                         load=load)  # fmt: skip
+        stack.callback(app.close)
+        manifest = loaded.package.manifest
+        name = config.served_model_name or manifest.name
+        if not (config.api_keys or config.api_key_file) and not _is_loopback(listener):
+            _log.warning("no API key is set: whoever reaches %s may use this server", _url(listener))
+        greeting = f"atomsteer serves {name!r} ({len(manifest.atoms)} atoms) on {_url(listener)}"
+        server = draining_server(app, app, traffic, config.shutdown_timeout, greeting, reload=app.reload)
+        server.run(sockets=[listener])
 
 
 def engine_options(config: ServeConfig) -> EngineOptions:
@@ -86,10 +93,19 @@ def engine_options(config: ServeConfig) -> EngineOptions:
     )
 
 
+class Closable(Protocol):
+    """What ends the requests in progress: an engine, or an application of several."""
+
+    def close(self) -> None: ...
+
+
+Reload = Callable[[], Awaitable[Any]]
+
+
 def draining_server(
-    app: FastAPI, engine: ServedEngine, traffic: Traffic, timeout: float, greeting: str
+    app: ASGIApp, engine: Closable, traffic: Traffic, timeout: float, greeting: str, reload: Reload | None = None
 ) -> DrainingServer:
-    """A server of `app`, to be run on a bound socket. Prints `greeting` once requests are accepted."""
+    """A server of `app`, to be run on a bound socket. Prints `greeting` once requests are accepted; SIGHUP calls `reload`."""
     settings = uvicorn.Config(
         app,
         log_config=None,
@@ -98,14 +114,20 @@ def draining_server(
         lifespan="off",
         timeout_graceful_shutdown=_LAST_WORDS,
     )
-    return DrainingServer(settings, engine, traffic, timeout, greeting)
+    return DrainingServer(settings, engine, traffic, timeout, greeting, reload)
 
 
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that answers a signal by draining, and returns instead of dying of the signal."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: ServedEngine, traffic: Traffic, timeout: float, greeting: str
+        self,
+        config: uvicorn.Config,
+        engine: Closable,
+        traffic: Traffic,
+        timeout: float,
+        greeting: str,
+        reload: Reload | None = None,
     ) -> None:
         super().__init__(config)
         self._engine = engine
@@ -113,13 +135,26 @@ class DrainingServer(uvicorn.Server):
         self._timeout = timeout
         self._greeting = greeting
         self._deadline = 0.0
+        self._reload = reload
+        self._reloading: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
         except OSError as error:
             raise ConfigError(f"cannot listen: {error.strerror or error}; choose another --port") from error
+        if self._reload is not None and hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup, self._reload)
         print(self._greeting, flush=True)
+
+    def _handle_hangup(self, reload: Reload) -> None:
+        async def logged() -> None:
+            try:
+                await reload()
+            except AtomsteerError as error:
+                _log.error("SIGHUP: %s", error)
+
+        self._reloading = asyncio.create_task(logged())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain; a second signal ends the wait."""
@@ -165,9 +200,3 @@ def _is_loopback(listener: socket.socket) -> bool:
 def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _set_up_logging() -> None:
-    """Lines on stderr, unless whoever embeds the server has set logging up."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines about itself at every start

@@ -23,8 +23,12 @@ from atoms.package import Package
 from server.auth import AuthMiddleware, KeyRing
 from server.body import BodyLimitMiddleware
 from server.context import RequestContextMiddleware, Traffic
+from server.errors import NotSupportedHereError
+from server.logs import set_up_logging
 from server.metrics import SteeringMetrics
+from server.quotas import QuotaMiddleware, Quotas
 from server.responses import install_error_handlers
+from server.routes.admin import admin_router
 from server.routes.atoms import atoms_router
 from server.routes.experiments import experiments_router, units_router
 from server.routes.health import health_router
@@ -35,7 +39,7 @@ from server.state import Snapshot, State
 from server.steering import Steering
 from server.store.schema import open_database
 from server.vllm.identity import MixIdentities
-from server.vllm.middleware import SteeringMiddleware, current
+from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
 from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings
 
 _OUR_HEALTH = ("/ready", "/version")  # vLLM's own /health knows whether its engine lives, its /metrics has ours too
@@ -64,6 +68,7 @@ class SteeringEndpoint:
         if names and config.served_model_name is None:
             steering = replace(steering, served_name=names[0])
         self._steering = steering
+        set_up_logging(config.log_format, "atomsteer")  # vLLM sets up its own loggers alone
         self._traffic = Traffic()
         self._stopped = asyncio.Event()
         self._engine: Any = None
@@ -78,15 +83,16 @@ class SteeringEndpoint:
             app.include_router(presets_router(steering, state))
             app.include_router(experiments_router(steering, state))
             app.include_router(units_router(state))
+            app.include_router(admin_router(_cannot_reload))
             app.router.routes.extend(route for route in health.routes if getattr(route, "path", "") in _OUR_HEALTH)
         install_error_handlers(app)
         app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=self._traffic,
-                           recorder=recorder, stopped=self._stopped)  # fmt: skip
-        app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes)
-        app.add_middleware(AuthMiddleware, keys=KeyRing(config.api_keys, config.admin_keys))
-        app.add_middleware(
-            RequestContextMiddleware, traffic=self._traffic, metrics=metrics, access_log=config.access_log
-        )
+                           recorder=recorder, stopped=self._stopped, max_tokens=config.limits.max_tokens)  # fmt: skip
+        app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes, seconds=config.body_timeout)
+        app.add_middleware(QuotaMiddleware, quotas=Quotas(config.quota), refused=metrics.limited)
+        app.add_middleware(AuthMiddleware, keys=KeyRing.of(config))
+        app.add_middleware(RequestContextMiddleware, traffic=self._traffic, metrics=metrics, access_log=config.access_log,
+                           log_prompts=config.log_prompts)  # fmt: skip
         if state is not None:
             _on_shutdown(app, state.close)
 
@@ -98,6 +104,7 @@ class SteeringEndpoint:
         steer_engine(engine_client, identities, self._traffic, self._stopped)
         name_models(state.openai_serving_models, self._steering, self._model_path)
         length = engine_client.model_config.max_model_len
+        self._traffic.slots = engine_client.vllm_config.scheduler_config.max_num_seqs
         with _added_first(self._app):
             self._app.include_router(models_router(self._steering, max_model_len=length, created=int(time.time())))
         self._engine = engine_client
@@ -123,8 +130,7 @@ def steer_engine(engine: Any, identities: MixIdentities, traffic: Traffic, stopp
         if mix:
             name, number, path = identities.of(mix, call.steering.digest)
             kwargs["lora_request"] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
-        outputs = generate(*args, **kwargs)
-        return _observed(outputs, call) if call.steering.assignment is not None else outputs
+        return _observed(generate(*args, **kwargs), call)
 
     def draining(*args: Any, **kwargs: Any) -> Any:
         traffic.draining = True
@@ -156,12 +162,22 @@ def name_models(models: Any, steering: Steering, path: str) -> None:
     models.is_base_model, models.model_name = is_base_model, model_name
 
 
-async def _observed(outputs: AsyncIterator[Any], call: Any) -> AsyncIterator[Any]:
-    """Passes `outputs` on, and notes what was generated. Each output has either what is new or all that there is."""
+async def _observed(outputs: AsyncIterator[Any], call: SteeredCall) -> AsyncIterator[Any]:
+    """Passes `outputs` on, and notes what was read and generated. Each output has either what is new or all that there
+    is."""
+    begun = False
     async for output in outputs:
+        if not begun:
+            begun = True
+            call.read(len(output.prompt_token_ids or ()))
         for answer in output.outputs:
             call.observe(output.request_id, answer.index, answer.text, len(answer.token_ids), answer.finish_reason)
         yield output
+
+
+async def _cannot_reload() -> tuple[Package, Package]:
+    raise NotSupportedHereError("vLLM has the base adapter in its weights and cannot change the package in place; start a "
+                                "replica on the new version, move the traffic, then stop this one")  # fmt: skip
 
 
 async def _probe(engine: Any, package: Package, identities: MixIdentities) -> None:

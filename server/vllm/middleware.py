@@ -19,18 +19,18 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoms.errors import AtomsteerError, EngineStoppedError
-from server.context import RequestContext, Traffic
+from server.context import RequestContext, Traffic, begin_generating
 from server.errors import InvalidFieldError, UnsupportedFieldError, error_body
 from server.experiments.recording import Choice, FinishedResponse, Recorder
 from server.experiments.spec import Subject
 from server.metrics import SteeringMetrics
 from server.responses import error_response
+from server.routes import is_own_path
 from server.steering import ResolvedSteering, Steering
 
 STEERED_PATHS = frozenset({
     "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
 })  # fmt: skip
-_OUR_PATHS = ("/v1/steering/", "/v1/presets", "/v1/experiments", "/v1/units/", "/v1/atoms")
 current: ContextVar[SteeredCall | None] = ContextVar("atomsteer_call", default=None)
 """The request that this task works for. Tasks started for it inherit it."""
 
@@ -46,8 +46,17 @@ class SteeredCall:
     first_token_seconds: float | None = None
     context: RequestContext | None = None
 
+    def read(self, tokens: int) -> None:
+        """A prompt of `tokens` was computed."""
+        if self.context is not None:
+            self.context.read(tokens)
+
     def observe(self, sequence: str, index: int, text: str, tokens: int, finish_reason: str | None) -> None:
-        """`text` and `tokens` were added to output `index` of `sequence`."""
+        """`text` and `tokens` were added to output `index` of `sequence`. Texts are kept where a recorder wants them."""
+        if self.context is not None:
+            self.context.generated(tokens)
+        if self.steering.assignment is None:
+            return
         if self.first_token_seconds is None and self.context is not None:
             self.first_token_seconds = self.context.seconds
         before = self.choices.get((sequence, index), Choice("", 0, "", self.prompt))
@@ -70,8 +79,10 @@ class SteeringMiddleware:
         traffic: Traffic,
         recorder: Recorder | None,
         stopped: asyncio.Event,
+        max_tokens: int | None = None,
     ) -> None:
         self._app = app
+        self._max_tokens = max_tokens
         self._stopped = stopped
         self._steering = steering
         self._metrics = metrics
@@ -79,7 +90,7 @@ class SteeringMiddleware:
         self._recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"].startswith(_OUR_PATHS):
+        if scope["type"] != "http" or scope["method"] != "POST" or is_own_path(scope["path"]):
             return await self._app(scope, receive, send)
         try:
             replayed, data = await _read(receive)
@@ -120,10 +131,11 @@ class SteeringMiddleware:
                                             f"{', '.join(sorted(STEERED_PATHS))}", "steering")  # fmt: skip
             return self._default(scope)
         context: RequestContext = scope["state"]["context"]
-        context.generates = True
-        self._traffic.refuse_if_draining()
+        begin_generating(context, self._traffic)
         if body is None:
             return None
+        context.prompt = body.get("messages", body.get("prompt", body.get("input")))
+        self._check_tokens(body)
         model = body.get("model") or self._steering.served_name
         if not isinstance(model, str):
             raise InvalidFieldError("model must be a text", "model")
@@ -140,10 +152,17 @@ class SteeringMiddleware:
             self._recorder.exposed(resolved.assignment)
         return SteeredCall(resolved, model, _prompt(body), context=context)
 
-    def _default(self, scope: Scope) -> SteeredCall | None:
+    def _check_tokens(self, body: Mapping[str, Any]) -> None:
+        """Raises InvalidFieldError for an answer longer than may be asked for. (vLLM is told of the limit for those that
+        say nothing.)"""
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+            asked = body.get(name)
+            if self._max_tokens is not None and isinstance(asked, int) and asked > self._max_tokens:
+                raise InvalidFieldError(f"{name} asks for {asked} tokens; the limit is {self._max_tokens}", name)
+
+    def _default(self, scope: Scope) -> SteeredCall:
         """Other paths that generate get the server's default mix."""
-        resolved = self._steering.resolve(None)
-        return SteeredCall(resolved, self._steering.served_name) if resolved.mix else None
+        return SteeredCall(self._steering.resolve(None), self._steering.served_name, context=scope["state"]["context"])
 
 
 class _Answer:

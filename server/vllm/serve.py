@@ -61,6 +61,7 @@ def arguments(config: ServeConfig, package: Package, more: Sequence[str] = ()) -
 
 def vllm_options(config: ServeConfig, name: str, revision: str | None) -> dict[str, object]:
     """Options of ``vllm serve`` and their values; None leaves one to vLLM."""
+    longest = config.limits.max_tokens
     return {
         "--served-model-name": name,
         "--host": config.host,
@@ -73,6 +74,8 @@ def vllm_options(config: ServeConfig, name: str, revision: str | None) -> dict[s
         "--revision": revision,
         "--shutdown-timeout": math.ceil(config.shutdown_timeout),
         "--allowed-origins": json.dumps(list(config.cors_origins)),
+        "--override-generation-config": json.dumps({"max_new_tokens": longest}) if longest is not None else None,
+        "--logging-config": '{"formatter": "json"}' if config.log_format == "json" else None,
     }
 
 

@@ -15,13 +15,15 @@ from typing import Any
 
 from atoms.errors import ConfigError
 from atoms.package import Package
+from server.auth import KeyRing
 from server.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, DATABASE_VARIABLE, ServeConfig
-from server.limits import Limits
+from server.limits import Limits, Quota
 from server.steering import Steering
 
 PLUGIN_NAME = "atomsteer"
 PACKAGE_VARIABLE, SETTINGS_VARIABLE, PLUGINS_VARIABLE = "ATOMSTEER_PACKAGE", "ATOMSTEER_SETTINGS", "VLLM_PLUGINS"
-FIELDS = ("served_model_name", "presets", "default_mix", "limits", "allow_training_text", "access_log")
+FIELDS = ("served_model_name", "presets", "default_mix", "limits", "quota", "api_key_file", "admin_key_file",
+          "allow_training_text", "access_log", "log_prompts", "log_format", "body_timeout")  # fmt: skip
 """Fields of `ServeConfig` that mean the same inside vLLM; the others are vLLM's own options."""
 
 
@@ -36,6 +38,8 @@ def read_settings(environment: Mapping[str, str]) -> ServeConfig | None:
     try:
         if "limits" in fields:
             fields["limits"] = Limits(**fields["limits"])
+        if "quota" in fields:
+            fields["quota"] = Quota(**fields["quota"])
         if "presets" in fields:
             fields["presets"] = tuple(fields["presets"])
         config = ServeConfig(package=Path(package), **fields)
@@ -49,7 +53,7 @@ def to_environment(config: ServeConfig) -> dict[str, str]:
     fields = {name: value for name, value in asdict(config).items() if name in FIELDS and value is not None}
     variables = {
         PACKAGE_VARIABLE: str(config.package.resolve()),
-        SETTINGS_VARIABLE: json.dumps(fields),
+        SETTINGS_VARIABLE: json.dumps(fields, default=lambda path: str(path.resolve())),
         API_KEY_VARIABLE: ",".join(config.api_keys),
         ADMIN_KEY_VARIABLE: ",".join(config.admin_keys),
         DATABASE_VARIABLE: config.database or "",
@@ -60,6 +64,7 @@ def to_environment(config: ServeConfig) -> dict[str, str]:
 def check(package: Package, config: ServeConfig) -> None:
     """What can be known before a model is loaded. Raises ConfigError, and what a broken package raises."""
     _ = package.bank, package.drift
+    KeyRing.of(config)
     Steering.of(package, config)
 
 

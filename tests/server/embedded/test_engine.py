@@ -156,7 +156,7 @@ def test_a_full_queue_refuses_and_recovers(tiny: PreTrainedModel, make_engine: M
             await asyncio.sleep(0.005)
         with pytest.raises(EngineOverloadedError, match="limit is 1") as refused:
             await anext(engine.stream(_request("refused")))
-        assert refused.value.retry_after > 0
+        assert refused.value.retry_after is None, "how long to wait is for the server to say"
         await running.aclose()
         assert len(await waiting) == 5
 

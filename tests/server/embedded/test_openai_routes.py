@@ -43,9 +43,16 @@ async def test_a_chat_completion(client: AsyncClient, ids: list[str], engine: Sc
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
     assert body["steering"] == {
         "mix": response.headers["X-Atomsteer-Mix"], "atoms": {ids[0]: 1.5}, "predicted_kl": 0.1125, "scaled_by": 1.0,
-        "preset": None, "experiment": None, "arm": None,
+        "preset": None, "experiment": None, "arm": None, "phase": "all",
     }  # fmt: skip
     assert engine.requests[0].mix.as_dict() == {ids[0]: 1.5}
+
+
+async def test_a_phase_reaches_the_engine(client: AsyncClient, engine: ScriptedEngine, ids: list[str]) -> None:
+    response = await chat(client, steering={"atoms": {"list": 1.5}, "phase": "decode"})
+    assert response.json()["steering"]["phase"] == "decode"
+    assert response.headers["X-Atomsteer-Mix"].endswith("-decode")
+    assert engine.requests[0].phase == "decode"
 
 
 async def test_a_completion(client: AsyncClient, engine: ScriptedEngine) -> None:
@@ -398,7 +405,7 @@ async def test_errors_before_the_first_token(
 async def test_a_full_queue(client: AsyncClient, engine: ScriptedEngine, stream: bool) -> None:
     engine.max_waiting = 0
     response = await chat(client, stream=stream)
-    assert (response.status_code, response.headers["Retry-After"]) == (429, "3")
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "5")
     assert response.json()["error"]["code"] == "engine_overloaded"
 
 

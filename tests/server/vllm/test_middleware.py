@@ -166,7 +166,7 @@ async def test_paths_that_cannot_be_steered_refuse_steering_and_are_left_alone_w
     refused = await client.post("/tokenize", json={"model": "demo", "steering": {"atoms": {"list": 1}}})
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "unsupported_parameter"
     answer = (await client.post("/tokenize", json={"model": "demo"})).json()
-    assert answer == {"id": "chatcmpl-1", "seen": None, "body": {"model": "demo"}}
+    assert answer == {"id": "chatcmpl-1", "seen": {}, "body": {"model": "demo"}}
 
 
 async def test_our_own_routes_read_their_own_bodies(client: AsyncClient) -> None:

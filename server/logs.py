@@ -1,0 +1,33 @@
+"""Where log lines go: one text line or one JSON object each, on stderr."""
+
+from __future__ import annotations
+
+import logging
+
+from pythonjsonlogger.json import JsonFormatter
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def set_up_logging(log_format: str, logger: str | None = None) -> None:
+    """Gives `logger` (None: the root) a handler for stderr, unless whoever embeds the server has given it one.
+
+    `log_format` is ``text`` or ``json``; a JSON object has timestamp (UTC, ISO 8601), level, logger, message and, for
+    access lines, a field for each thing that is known of the request.
+    """
+    target = logging.getLogger(logger)
+    if not target.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_json_formatter() if log_format == "json" else logging.Formatter(_TEXT))
+        target.addHandler(handler)
+        target.setLevel(logging.INFO)
+        target.propagate = logger is None
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a dozen lines about itself at every start
+
+
+def _json_formatter() -> JsonFormatter:
+    return JsonFormatter(
+        "%(levelname)s %(name)s %(message)s",
+        rename_fields={"levelname": "level", "name": "logger"},
+        timestamp=True,
+    )
