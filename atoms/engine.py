@@ -13,6 +13,9 @@ from typing import Literal, Protocol
 from atoms.mix import Mix
 
 FinishReason = Literal["stop", "length"]
+Phase = Literal["all", "decode"]
+"""Which tokens a mix steers: all, or those from the prompt's last one on. Before that the prompt is read unsteered, so
+that its keys and values serve every mix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to continue: prompt token ids, the (resolved) mix of its row, and how to sample."""
+    """One sequence to continue: prompt token ids, the (resolved) mix of its row, how to sample, and which tokens the mix
+    steers."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     mix: Mix = field(default_factory=Mix)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    phase: Phase = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +102,14 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment's load: sequences being decoded, sequences waiting, decode slots in all."""
+    """A moment's load: sequences being decoded, sequences waiting, decode slots in all; and since the start, how many
+    times a mix's weights were composed and how long that took together."""
 
     running: int
     waiting: int
     slots: int
+    mixes_composed: int = 0
+    compose_seconds: float = 0.0
 
 
 class Engine(Protocol):

@@ -21,6 +21,8 @@ from atoms.errors import CoefficientError, MixError
 if TYPE_CHECKING:
     from torch import Tensor
 
+DECODE_SUFFIX = "-decode"
+"""Ends the digest of a mix that does not steer the prompt."""
 COEFFICIENT_STEP = 1e-4
 """Coefficients are rounded to this step before they are composed or hashed."""
 MAX_COEFFICIENT = 1e3
@@ -81,6 +83,11 @@ class Mix:
         coefficients = drift.new_tensor([value for _, value in self])
         block = drift[rows][:, rows]  # (n, n), n = atoms in the mix
         return max(0.0, 0.5 * float(coefficients @ block @ coefficients))
+
+
+def digest_in_phase(digest: str, mix: Mix, phase: str) -> str:
+    """The identity for caches of `mix` (whose own is `digest`) in `phase`; no mix is the same in both."""
+    return digest + DECODE_SUFFIX if mix and phase == "decode" else digest
 
 
 def _to_float(steps: int) -> float:

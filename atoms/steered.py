@@ -1,84 +1,170 @@
 """A model whose batch rows each carry their own weight delta, applied as y += (x Aᵀ) Bᵀ beside the merged weight.
 
-Knows torch modules and deltas; nothing of atoms, packages, requests or key/value caches. Calibration and the embedded
-engine steer through this one class.
+Knows torch modules and deltas; nothing of requests or key/value caches. Calibration and the embedded engine steer
+through this one class.
 
 Slots hold deltas; `rows(...)` says which slot each batch row of the next forward passes uses. A forward in which no row
 is steered runs the model's own kernels and nothing else, so it is bit-equal to the model without hooks.
+
+Linears that get the same input (q, k and v of a layer) have their A side by side, so that one product serves them. A
+*packed* delta is one vector of all such blocks: `PackedBank` keeps atoms in that form, where a mix is one weighted sum
+instead of several small ones for every linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atoms.adapter import Delta
+from atoms.adapter import AtomBank, Composition, Delta, compose
 from atoms.errors import AdapterError
+from atoms.mix import Mix
 from atoms.model import find_linear
-from atoms.space import LoRASpace
+from atoms.space import LoRAModule, LoRASpace
+
+_SAME_INPUT = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+}
+"""Linears that transformers' models give one tensor. A name missing here, or wrong, costs time and nothing else."""
+
+
+Group = tuple[LoRAModule, ...]
+"""Linears that share an input. Block A of a group is (d_in, R), R the sum of their 2r; B of a linear is (2r, d_out)."""
+
+
+@dataclass(frozen=True)
+class DeltaLayout:
+    """How a delta of rank ≤ 2r is packed into N numbers: for every group A transposed, then s·B transposed of each of
+    its linears."""
+
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, space: LoRASpace) -> DeltaLayout:
+        groups: dict[tuple[str, str, int], list[LoRAModule]] = {}
+        for module in space.modules:
+            parent, _, last = module.name.rpartition(".")
+            groups.setdefault((parent, _SAME_INPUT.get(last, last), module.d_in), []).append(module)
+        return cls(tuple(tuple(group) for group in groups.values()))
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of all blocks, in order."""
+        blocks = []
+        for group in self.groups:
+            blocks.append((group[0].d_in, sum(2 * module.rank for module in group)))
+            blocks.extend((2 * module.rank, module.d_out) for module in group)
+        return blocks
+
+    def blocks(self, packed: Tensor) -> list[Tensor]:
+        """Views of `packed` (N,), one a block."""
+        parts = packed.split([rows * columns for rows, columns in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def pack(self, delta: Delta) -> Tensor:
+        """(N,) float32 on the CPU; the scaling is folded into B. Raises AdapterError if modules or ranks do not fit."""
+        if delta.keys() != {module.name for group in self.groups for module in group}:
+            raise AdapterError("the delta's modules are not those of this model's LoRA space")
+        packed = torch.zeros(sum(rows * columns for rows, columns in self.shapes))
+        blocks = iter(self.blocks(packed))
+        for group in self.groups:
+            a, column = next(blocks), 0
+            for module in group:
+                factors, b = delta[module.name], next(blocks)
+                rank = factors.lora_A.shape[0]
+                if rank > 2 * module.rank:
+                    raise AdapterError(f"{module.name}: the delta has rank {rank}; slots hold rank {2 * module.rank}")
+                a[:, column : column + rank] = factors.lora_A.T
+                b[:rank] = (factors.lora_B.float() * factors.scaling).T
+                column += 2 * module.rank
+        return packed
+
+
+class PackedBank:
+    """The atoms of a bank, packed. A mix's delta is affine in its coefficients, whichever composition:
+    that of no movement at all, and for each atom what a coefficient of 1 adds."""
+
+    def __init__(self, bank: AtomBank, composition: Composition, device: torch.device, dtype: torch.dtype) -> None:
+        space = bank.base.space
+        layout = DeltaLayout.of(space)
+        still = {tensor.key: torch.zeros(tensor.shape) for tensor in space.tensors}
+        moves = replace(bank.base, tensors=still)  # the base's own factors are counted once, with the origin
+        atoms = [layout.pack(compose(moves, _direction(bank, row), composition)) for row in range(len(bank.ids))]
+        self._row = {atom: row for row, atom in enumerate(bank.ids)}
+        self._origin = layout.pack(compose(bank.base, still, composition)).to(device)  # (N,) float32
+        self._atoms = [atom.to(device, dtype) for atom in atoms]  # J times (N,)
+
+    def compose(self, mix: Mix) -> Tensor | None:
+        """(N,) float32, the packed delta of `mix`; None for the empty mix. Raises KeyError for an unknown id."""
+        if not mix:
+            return None
+        packed = self._origin.clone()
+        for atom, coefficient in mix:
+            packed.add_(self._atoms[self._row[atom]], alpha=coefficient)
+        return packed
 
 
 class SteeredModel:
     """Hooks on every linear of `space` in `model`, with `slots` preallocated deltas of rank ≤ 2r each.
 
-    Not thread-safe: one thread sets slots and runs the model. `close()` removes the hooks.
+    Not thread-safe: one thread sets slots and runs the model. `close()` removes the hooks. Raises AdapterError if a
+    linear is missing, or if linears differ in device or dtype.
     """
 
     def __init__(self, model: nn.Module, space: LoRASpace, slots: int) -> None:
         self.model = model
         self.slots = slots
+        self._layout = DeltaLayout.of(space)
+        linears = {module.name: find_linear(model, module.name) for module in space.modules}
+        kinds = {(linear.weight.device, linear.weight.dtype) for linear in linears.values()}
+        if len(kinds) > 1:
+            raise AdapterError(
+                f"the adapted linears are of {len(kinds)} devices or dtypes; load the model on one device"
+            )
+        device, dtype = kinds.pop()
+        self._blocks = [torch.zeros((slots, *shape), device=device, dtype=dtype) for shape in self._layout.shapes]
         self._steered = [False] * slots
         self._active: slice | Tensor | None = None
-        self._a: dict[str, Tensor] = {}
-        self._b: dict[str, Tensor] = {}
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None  # A of a group, its input, their product
         self._handles = []
-        for module in space.modules:
-            linear = find_linear(model, module.name)
-            rank, weight = 2 * module.rank, linear.weight
-            self._a[module.name] = weight.new_zeros((slots, module.d_in, rank))  # (S, d_in, R), A transposed
-            self._b[module.name] = weight.new_zeros((slots, rank, module.d_out))  # (S, R, d_out), B transposed
-            self._handles.append(linear.register_forward_hook(self._hook(module.name)))
+        blocks = iter(self._blocks)
+        for group in self._layout.groups:
+            a, column = next(blocks), 0
+            for module in group:
+                hook = self._hook(a, slice(column, column + 2 * module.rank), next(blocks))
+                self._handles.append(linears[module.name].register_forward_hook(hook))
+                column += 2 * module.rank
 
-    def set_slot(self, slot: int, delta: Delta | None) -> None:
-        """Loads `delta` (None: unsteered) into `slot`. The scaling is folded into B in fp32, then cast once.
+    def set_slot(self, slot: int, delta: Delta | Tensor | None) -> None:
+        """Loads `delta` into `slot`: by module, packed (see `DeltaLayout.pack`), or None for unsteered.
 
-        Raises AdapterError if the delta's modules or ranks do not fit.
+        Raises AdapterError if a delta's modules or ranks do not fit; the slot is then as it was.
         """
-        if delta is None:
-            if self._steered[slot]:
-                for name in self._a:
-                    self._a[name][slot].zero_()
-                    self._b[name][slot].zero_()
-            self._steered[slot] = False
-            return
-        if delta.keys() != self._a.keys():
-            raise AdapterError("the delta's modules are not those of this model's LoRA space")
-        for (
-            name,
-            factors,
-        ) in delta.items():  # all before any is written, so that a refused delta leaves the slot as it was
-            if factors.lora_A.shape[0] > self._a[name].shape[2]:
-                raise AdapterError(
-                    f"{name}: the delta has rank {factors.lora_A.shape[0]}; slots hold rank {self._a[name].shape[2]}"
-                )
-        for name, factors in delta.items():
-            rank = factors.lora_A.shape[0]
-            a, b = self._a[name][slot], self._b[name][slot]
-            a[:, :rank].copy_(factors.lora_A.T)
-            b[:rank].copy_((factors.lora_B.float() * factors.scaling).T)
-            a[:, rank:].zero_()
-            b[rank:].zero_()
-        self._steered[slot] = True
+        target = [block[slot] for block in self._blocks]
+        if delta is not None:
+            packed = delta if isinstance(delta, Tensor) else self._layout.pack(delta)
+            torch._foreach_copy_(target, self._layout.blocks(packed))
+        elif self._steered[slot]:
+            torch._foreach_zero_(target)
+        self._steered[slot] = delta is not None
 
     def move_slot(self, source: int, target: int) -> None:
         """Copies slot `source` to `target` (a batch row moved; its delta moves with its keys and values)."""
-        for name in self._a:
-            self._a[name][target].copy_(self._a[name][source])
-            self._b[name][target].copy_(self._b[name][source])
-        self._steered[target] = self._steered[source]
+        if self._steered[source]:
+            torch._foreach_copy_([block[target] for block in self._blocks], [block[source] for block in self._blocks])
+            self._steered[target] = True
+        else:
+            self.set_slot(target, None)
 
     @contextmanager
     def rows(self, slots: Sequence[int]) -> Iterator[None]:
@@ -87,7 +173,7 @@ class SteeredModel:
         try:
             yield
         finally:
-            self._active = None
+            self._active = self._latest = None
 
     def close(self) -> None:
         """Removes the hooks; the model is as it was."""
@@ -101,15 +187,30 @@ class SteeredModel:
             return None
         if list(slots) == list(range(slots[0], slots[0] + len(slots))):
             return slice(slots[0], slots[0] + len(slots))
-        return torch.tensor(list(slots), device=next(iter(self._a.values())).device)
+        return torch.tensor(list(slots), device=self._blocks[0].device)
 
-    def _hook(self, name: str):
+    def _hook(self, a: Tensor, columns: slice, b: Tensor) -> Any:
+        """For a linear whose A are `columns` of its group's `a` (S, d_in, R), and whose B are `b` (S, 2r, d_out)."""
+
         def add_delta(_linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._active is None:
                 return None
-            a, b = self._a[name][self._active], self._b[name][self._active]
-            x = inputs[0]  # (n, t, d_in)
-            hidden = torch.bmm(x, a)  # (n, t, R)
-            return torch.baddbmm(output, hidden, b)  # (n, t, d_out)
+            hidden = self._product(inputs[0], a)[:, :, columns]  # (n, t, 2r)
+            return torch.baddbmm(output, hidden, b[self._active])  # (n, t, d_out)
 
         return add_delta
+
+    def _product(self, x: Tensor, a: Tensor) -> Tensor:
+        """x A of a group, (n, t, R): made for the first of its linears, kept until another group or input comes."""
+        if self._latest is None or self._latest[0] is not a or self._latest[1] is not x:
+            self._latest = a, x, torch.bmm(x, a[self._active])
+        return self._latest[2]
+
+
+def _direction(bank: AtomBank, row: int) -> dict[str, Tensor]:
+    """Atom `row` of `bank`, per tensor."""
+    return {
+        key: stacked[module.name][row]
+        for module in bank.base.space.modules
+        for key, stacked in ((module.key_a, bank.a), (module.key_b, bank.b))
+    }

@@ -1,10 +1,12 @@
-"""Throughput of the embedded engine: unsteered, every row with its own mix, and transformers' `generate` one by one.
+"""Throughput of the embedded engine with mixes, without its packed weights, and of `generate` one request at a time.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/embedded_decode.py MODEL [--rows 16] [--tokens 32] [--rounds 8] [--json FILE]
+    OMP_WAIT_POLICY=PASSIVE python bench/embedded_decode.py MODEL [--cells 16x3 16x32 generate] [--rounds 8] [--json FILE]
 
-Random deltas on q_proj and v_proj cost what real ones do. The cells of a round follow one another, so that what else
-runs on the machine meets all of them; ratios are of the same round, with the median and a 95% interval (of the median,
-by order statistics). Prefill is included. `plain` is the engine without packed weights (server/embedded/packing.py).
+A cell KxJ has K distinct mixes of J atoms each, all never seen before, over the rows; 0x0 is the engine against itself.
+`plain` is the engine without packed weights (server/embedded/packing.py). Random atoms on q_proj and v_proj cost what
+real ones do. Each cell is measured in pairs with the unsteered engine, in turns which goes first, so that what else
+runs on the machine meets both; the figure is the ratio to the unsteered engine, with the median and a 95% interval (of
+the median, by order statistics). Composing and prefill are included.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import copy
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -23,75 +26,90 @@ import torch
 from scipy.stats import binom
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from atoms.adapter import Delta, Factors
+from atoms.adapter import Adapter, AtomBank
 from atoms.engine import GenerationRequest, SamplingParams
 from atoms.mix import Mix
 from atoms.model import choose_device, choose_dtype
 from atoms.space import LoRAModule, LoRASpace
+from atoms.steered import PackedBank
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.packing import pack_linears
 
 PROMPT = "Question {}: how does one bake bread?"
-RATIOS = (("steered", "unsteered"), ("unsteered", "plain"), ("unsteered", "generate"))
+CELLS = ("0x0", "1x3", "16x3", "16x1", "16x8", "16x32", "plain", "generate")
+BANK = 64
+"""Atoms to draw mixes from."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--cells", nargs="+", default=CELLS, metavar="CELL", help=f"of {', '.join(CELLS)}, or any KxJ")
     for name, default in (("rows", 16), ("tokens", 32), ("rank", 8), ("rounds", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rates = measure(args)
-    ratios = {f"{a} / {b}": interval([x / y for x, y in zip(rates[a], rates[b], strict=True)]) for a, b in RATIOS}
     machine = f"{processor()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
-    print(machine)
-    for cell, values in rates.items():
-        print(f"{cell:>10}: median {statistics.median(values):6.1f} tokens/s")
-    for name, (low, middle, high) in ratios.items():
-        print(f"{name:>22}: {middle:.2f} [{low:.2f}, {high:.2f}]  ({args.rounds} rounds, {args.rows} rows)")
+    print(f"{machine}; {args.rows} rows, {args.tokens} tokens, {args.rounds} pairs a cell")
+    ratios = {}
+    for cell, pairs in rates.items():
+        low, middle, high = ratios[cell] = interval([rate / base for base, rate in pairs])
+        base, rate = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"{cell:>10}: {rate:6.1f} tokens/s, unsteered {base:6.1f}, ratio {middle:.3f} [{low:.3f}, {high:.3f}]")
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "rates": rates, "ratios": ratios}, indent=1) + "\n")
 
 
-def measure(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens a second of every cell, one value a round."""
+def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+    """Cell -> (unsteered, its own) tokens a second of every pair."""
     device = choose_device()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=choose_dtype(device)).to(device).eval()
-    linears = [(name, module) for name, module in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
-    space = LoRASpace.of(LoRAModule(name, m.in_features, m.out_features, args.rank, 1.0) for name, m in linears)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    hosts = {"plain": copy.deepcopy(model), "packed": copy.deepcopy(model)}
-    pack_linears(hosts["packed"])
-    engines = {
-        name: EmbeddedEngine(host, tokenizer, space, lambda mix: random_delta(space, mix), slots=args.rows)
-        for name, host in hosts.items()
-    }
-    cells: dict[str, Callable[[], float]] = {
-        "generate": lambda: one_by_one(model, tokenizer, args),
-        "plain": lambda: engine_rate(engines["plain"], args, steered=False),
-        "unsteered": lambda: engine_rate(engines["packed"], args, steered=False),
-        "steered": lambda: engine_rate(engines["packed"], args, steered=True),
-    }
-    for cell in cells.values():
-        cell()
-    rates = {name: [] for name in cells}
-    for _ in range(args.rounds):
+    bank = random_bank(model, args.rank)
+    packed = PackedBank(bank, "linear", device, model.dtype)
+
+    def engine_on(host: PreTrainedModel) -> EmbeddedEngine:
+        return EmbeddedEngine(host, tokenizer, bank.base.space, packed.compose, slots=args.rows)
+
+    cells: dict[str, Callable[[], float]] = {}
+    engines = [engine_on(copy.deepcopy(model))]
+    pack_linears(engines[0]._batcher._model)
+    draw = random.Random(0)
+    for cell in args.cells:
+        if cell == "generate":
+            cells[cell] = lambda: one_by_one(model, tokenizer, args)
+        elif cell == "plain":
+            engines.append(engine_on(copy.deepcopy(model)))
+            cells[cell] = lambda engine=engines[-1]: engine_rate(engine, args, [Mix()])
+        else:
+            mixes, atoms = (int(number) for number in cell.split("x"))
+            cells[cell] = lambda mixes=mixes, atoms=atoms: engine_rate(engines[0], args, new_mixes(draw, mixes, atoms))
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in cells}
+    for pair in range(-1, args.rounds):  # the first is a warm-up
         for name, cell in cells.items():
-            rates[name].append(cell())
-    for engine in engines.values():
+            order = [lambda: engine_rate(engines[0], args, [Mix()]), cell]
+            figures = [run() for run in (order if pair % 2 else order[::-1])]
+            if pair >= 0:
+                rates[name].append((figures[0], figures[1]) if pair % 2 else (figures[1], figures[0]))
+    for engine in engines:
         engine.close()
     return rates
 
 
-def engine_rate(engine: EmbeddedEngine, args: argparse.Namespace, *, steered: bool) -> float:
+def new_mixes(draw: random.Random, count: int, atoms: int) -> list[Mix]:
+    """`count` mixes of `atoms` atoms each, never drawn before; the empty one for none."""
+    drawn = [{f"a{j}": draw.uniform(-2, 2) for j in draw.sample(range(BANK), atoms)} for _ in range(count)]
+    return [Mix.of(coefficients) for coefficients in drawn] or [Mix()]
+
+
+def engine_rate(engine: EmbeddedEngine, args: argparse.Namespace, mixes: list[Mix]) -> float:
     """Tokens a second of `rows` requests at once."""
     sampling = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True)
     requests = [
-        GenerationRequest(str(row), engine.encode_text(PROMPT.format(row)),
-                          Mix.of({"atom": row + 1}) if steered else Mix(), sampling)
+        GenerationRequest(str(row), engine.encode_text(PROMPT.format(row)), mixes[row % len(mixes)], sampling)
         for row in range(args.rows)
-    ]  # fmt: skip
+    ]
     start = time.perf_counter()
     engine.generate(requests)
     return args.rows * args.tokens / (time.perf_counter() - start)
@@ -110,19 +128,16 @@ def one_by_one(model: PreTrainedModel, tokenizer, args: argparse.Namespace) -> f
     return count * args.tokens / (time.perf_counter() - start)
 
 
-def random_delta(space: LoRASpace, mix: Mix) -> Delta | None:
-    """A small random delta of rank 2r, as a composed mix has; None for the empty mix."""
-    if not mix:
-        return None
-    generator = torch.Generator().manual_seed(mix.steps[0][1])
-    return {
-        module.name: Factors(
-            torch.randn(2 * module.rank, module.d_in, generator=generator) / module.d_in**0.5,
-            torch.randn(module.d_out, 2 * module.rank, generator=generator) * 0.01,
-            module.scaling,
-        )
-        for module in space.modules
-    }
+def random_bank(model: PreTrainedModel, rank: int) -> AtomBank:
+    """Small random atoms on q_proj and v_proj."""
+    linears = [(name, module) for name, module in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    space = LoRASpace.of(LoRAModule(name, m.in_features, m.out_features, rank, 1.0) for name, m in linears)
+    generator = torch.Generator().manual_seed(0)
+
+    def direction() -> dict[str, torch.Tensor]:
+        return {tensor.key: torch.randn(tensor.shape, generator=generator) * 0.003 for tensor in space.tensors}
+
+    return AtomBank.of(Adapter(space, direction(), {}), {f"a{atom}": direction() for atom in range(BANK)})
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from atoms.engine import Phase
 from atoms.errors import CoefficientError, ConfigError, DriftBudgetError, MixError, UnknownAtomError
-from atoms.mix import MAX_COEFFICIENT, Mix, parse_mix
+from atoms.mix import MAX_COEFFICIENT, Mix, digest_in_phase, parse_mix
 from atoms.package import Package
 from server.config import ServeConfig
 from server.errors import (
@@ -35,7 +36,7 @@ from server.experiments.spec import HOLDOUT, Arm, Assignment, Experiment, Experi
 from server.state import Snapshot
 
 OnExceed = Literal["error", "scale"]
-FIELDS = ("atoms", "preset", "experiment", "max_kl", "on_exceed", "allow_out_of_range")
+FIELDS = ("atoms", "preset", "experiment", "max_kl", "on_exceed", "allow_out_of_range", "phase")
 _LONGEST_NAME = 64  # of an alias or preset; a longer one cannot exist and is not echoed at length
 _KL_DIGITS = 6
 
@@ -49,6 +50,7 @@ class SteeringRequest:
     experiment           name of an experiment, which chooses the mix by the request's unit; nothing may stand beside it
     max_kl, on_exceed    budget in nats a token, and whether to refuse (``error``) or to shrink the mix (``scale``)
     allow_out_of_range   beyond an atom's tested range; admin keys only
+    phase                which tokens are steered: ``all``, or from the prompt's last one on (``decode``)
     """
 
     atoms: Mapping[str, float] | None = None
@@ -57,6 +59,7 @@ class SteeringRequest:
     max_kl: float | None = None
     on_exceed: OnExceed = "error"
     allow_out_of_range: bool = False
+    phase: Phase = "all"
 
     @classmethod
     def parse(cls, value: object) -> SteeringRequest:
@@ -86,12 +89,13 @@ class SteeringRequest:
             max_kl=_max_kl(given["max_kl"]) if "max_kl" in given else None,
             on_exceed=_on_exceed(given.get("on_exceed", "error")),
             allow_out_of_range=_flag(given.get("allow_out_of_range", False), "steering.allow_out_of_range"),
+            phase=_phase(given.get("phase", "all")),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSteering:
-    """What a request is steered with. `scaled_by` is 1 unless the drift budget shrank the mix. `assignment` is what a
+    """What a request is steered with. `digest` identifies mix and phase. `scaled_by` is 1 unless the drift budget shrank the mix. `assignment` is what a
     host hands to the `Recorder`; None for a request that takes no part in an experiment."""
 
     mix: Mix
@@ -102,6 +106,7 @@ class ResolvedSteering:
     experiment: str | None = None
     arm: str | None = None
     assignment: Assignment | None = None
+    phase: Phase = "all"
 
     def echo(self) -> dict[str, object]:
         """The `steering` object of the answer; `atoms` maps ids to the coefficients that were applied."""
@@ -113,6 +118,7 @@ class ResolvedSteering:
             "preset": self.preset,
             "experiment": self.experiment,
             "arm": self.arm,
+            "phase": self.phase,
         }
 
 
@@ -195,7 +201,8 @@ class Steering:
         if not request.allow_out_of_range:
             self.package.check_range(mix)
         bounded, scaled_by = self._bound(mix, request)
-        return ResolvedSteering(bounded, self.package.digest(bounded), self.predicted_kl(bounded), scaled_by, preset)
+        digest = digest_in_phase(self.package.digest(bounded), bounded, request.phase)
+        return ResolvedSteering(bounded, digest, self.predicted_kl(bounded), scaled_by, preset, phase=request.phase)
 
     def named_mix(self, atoms: Mapping[str, float]) -> Mix:
         """The mix of a preset or an arm, checked as a client's would be. `param` of an error is within ``atoms``.
@@ -391,6 +398,14 @@ def _on_exceed(value: object) -> OnExceed:
     if value == "scale":
         return "scale"
     raise InvalidFieldError(f'on_exceed is {_show(value)}; it must be "error" or "scale"', "steering.on_exceed")
+
+
+def _phase(value: object) -> Phase:
+    if value == "all":
+        return "all"
+    if value == "decode":
+        return "decode"
+    raise InvalidFieldError(f'phase is {_show(value)}; it must be "all" or "decode"', "steering.phase")
 
 
 def _text(value: object, param: str) -> str:

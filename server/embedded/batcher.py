@@ -6,6 +6,9 @@ Knows the model, its cache and its tokenizer's bytes; nothing of threads, event 
 
 Rows 0..n-1 of the cache and slots 0..n-1 of the steered model belong together. A prefill group of k requests uses the
 last k slots, so that rows may leave meanwhile; when it joins, its deltas move down beside the others.
+
+A request that is steered from its prompt's last token on (phase "decode") prefills what comes before, unsteered, and
+joins with that token as the first one to decode. While rows decode, a step prefills less, so that they wait less.
 """
 
 from __future__ import annotations
@@ -28,10 +31,13 @@ from atoms.mix import Mix
 from atoms.steered import SteeredModel
 from server.embedded.detokenize import TextStream, TokenBytes
 from server.embedded.kv import ColumnCache, prompt_cache
+from server.embedded.prefixes import KnownPrefix, PrefixCache
 from server.embedded.sampling import TokenMatcher, TokenSampler, sample_rows, token_logprobs
 
 _log = logging.getLogger(__name__)
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+_SHARE_BESIDE_ROWS = 4
+"""While rows decode, a step prefills this part of the tokens that it may: a long prompt must not hold them up."""
 
 Sink = Callable[[TokenDelta | EngineError], None]
 """Takes a sequence's deltas and, where it fails, its error. Called on the batcher's thread; must not block."""
@@ -56,6 +62,12 @@ class Job:
         self.finished = False
         self.cancelled = False  # set by any thread, read once a step
         self.sampler = TokenSampler(params, request.prompt_token_ids, matcher)
+        prompt = request.prompt_token_ids
+        self.is_read_unsteered = request.phase == "decode" and bool(request.mix) and len(prompt) > 1
+        self.prefix = prompt[:-1] if self.is_read_unsteered else prompt  # what is prefilled
+        self.prefix_mix = Mix() if self.is_read_unsteered else request.mix
+        if self.is_read_unsteered:
+            self.last_token = prompt[-1]
         self._text = TextStream(token_bytes, params.stop, params.include_stop)
         self._bytes = token_bytes
         self._sink = sink
@@ -99,14 +111,18 @@ class Job:
 
 @dataclass
 class _PrefillGroup:
-    """Requests prefilled together: prompts (k, T) left-padded with `padding` columns each, `done` columns computed."""
+    """Requests prefilled together: prefixes (k, T) left-padded with `padding` columns each, `done` columns computed."""
 
     jobs: list[Job]
     tokens: Tensor
     padding: Tensor
     done: int = 0
-    logits: Tensor | None = None  # (k, V) of the last column, once all are computed
+    logits: Tensor | None = None  # (k, V) of the last column, once it is computed
     cache: Cache = field(default_factory=prompt_cache)
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.tokens.shape[1]
 
 
 class Batcher:
@@ -119,10 +135,11 @@ class Batcher:
         self,
         model: PreTrainedModel,
         steered: SteeredModel,
-        compose: Callable[[Mix], Delta | None],
+        compose: Callable[[Mix], Delta | Tensor | None],
         end_tokens: frozenset[int],
         max_length: int,
         prefill_tokens: int,
+        prefix_tokens: int,
     ) -> None:
         _refuse_unsupported(model)
         self._model = model
@@ -133,6 +150,7 @@ class Batcher:
         self._device = torch.device(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
         self._cache = ColumnCache(steered.slots, max_length)
+        self._prefixes = PrefixCache(prefix_tokens)
         self._arrived: deque[Job] = deque()
         self._group: _PrefillGroup | None = None
         self._rows: list[Job] = []
@@ -156,12 +174,13 @@ class Batcher:
     def step(self) -> None:
         """Brings every job as far as one step goes. Model errors end the jobs concerned, and are not raised."""
         self._drop_cancelled()
-        if self._group is None:
-            self._group = self._admit()
-        if self._group is not None:
-            self._guard(self._prefill, self._fail_group)
-        if self._group is not None and self._group.logits is not None:
-            self._guard(self._join, self._fail_all)
+        computed = False
+        while not computed and self._next_group():
+            assert self._group is not None
+            if computed := not self._group.complete:
+                self._guard(self._prefill, self._fail_group)
+            if self._group is not None and self._group.complete:
+                self._guard(self._join, self._fail_all)
         if self._rows:
             self._guard(self._decode, self._fail_rows)
 
@@ -171,6 +190,7 @@ class Batcher:
         self._rows, self._group = [], None
         self._arrived.clear()
         self._cache.clear()
+        self._prefixes.clear()
         return jobs
 
     def _guard(self, stage: Callable[[], None], fail: Callable[[EngineError], None]) -> None:
@@ -189,31 +209,52 @@ class Batcher:
             self._group = None
         self._leave([row for row, job in enumerate(self._rows) if job.cancelled])
 
+    @property
+    def _budget(self) -> int:
+        """Prompt tokens to compute in a step."""
+        return max(1, self._prefill_tokens // _SHARE_BESIDE_ROWS) if self._rows else self._prefill_tokens
+
+    def _next_group(self) -> bool:
+        """Whether there is a group to prefill, after admitting one if need be."""
+        if self._group is None:
+            self._group = self._admit()
+        return self._group is not None
+
     def _admit(self) -> _PrefillGroup | None:
-        """The next requests that fit the prefill budget when padded to the longest (at least one), deltas loaded."""
+        """The next requests that fit the prefill budget when padded to the longest (at least one), deltas loaded. One
+        whose beginning is known from before goes alone."""
         jobs: list[Job] = []
+        known: KnownPrefix | None = None
         width = 0
-        while self._arrived:
-            widest = max(width, len(self._arrived[0].request.prompt_token_ids))
-            if jobs and widest * (len(jobs) + 1) > self._prefill_tokens:
+        while self._arrived and known is None:
+            head = self._arrived[0]
+            widest = max(width, len(head.prefix))
+            known = self._prefixes.find(head.prefix_mix, head.prefix, whole=head.is_read_unsteered)
+            if jobs and (known is not None or widest * (len(jobs) + 1) > self._budget):
+                known = None
                 break
             job = self._arrived.popleft()
-            if self._load_delta(job, self._steered.slots - 1 - len(jobs)):
+            if self._load_delta(job, job.prefix_mix, self._steered.slots - 1 - len(jobs)):
                 jobs.append(job)
                 width = widest
+            else:
+                known = None
         if not jobs:
             return None
         jobs.reverse()  # slots were filled from the last one down; rows go with rising slots
         tokens = torch.zeros((len(jobs), width), dtype=torch.long)
         for row, job in enumerate(jobs):
-            prompt = job.request.prompt_token_ids
-            tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-        padding = torch.tensor([width - len(job.request.prompt_token_ids) for job in jobs])
-        return _PrefillGroup(jobs, tokens.to(self._device), padding.to(self._device))
+            tokens[row, width - len(job.prefix) :] = torch.tensor(job.prefix)
+        padding = torch.tensor([width - len(job.prefix) for job in jobs])
+        group = _PrefillGroup(jobs, tokens.to(self._device), padding.to(self._device))
+        if known is not None:
+            group.cache, group.done = known.as_cache(), known.length
+        return group
 
-    def _load_delta(self, job: Job, slot: int) -> bool:
+    def _load_delta(self, job: Job, mix: Mix, slot: int) -> bool:
+        """Whether `mix` could be loaded; if not, the job has failed."""
         try:
-            self._steered.set_slot(slot, self._compose(job.request.mix))
+            self._steered.set_slot(slot, self._compose(mix))
         except Exception as error:  # a mix that cannot be applied concerns its request alone
             job.fail(_as_engine_error(error))
             return False
@@ -224,7 +265,7 @@ class Batcher:
         group = self._group
         assert group is not None
         count, width = group.tokens.shape
-        end = min(width, group.done + max(1, self._prefill_tokens // count))
+        end = min(width, group.done + max(1, self._budget // count))
         columns = torch.arange(end, device=self._device)
         with self._steered.rows(range(self._steered.slots - count, self._steered.slots)):
             logits = self._forward(
@@ -238,20 +279,26 @@ class Batcher:
             group.logits = logits
 
     def _join(self) -> None:
-        """Samples each first token of a prefilled group, and makes its jobs rows."""
+        """Makes the jobs of a prefilled group rows. Those whose whole prompt was prefilled get their first token."""
         group = self._group
         assert group is not None
-        assert group.logits is not None
         first = self._steered.slots - len(group.jobs)
-        self._accept(group.jobs, group.logits)
+        sampled = [row for row, job in enumerate(group.jobs) if not job.is_read_unsteered]
+        if sampled:
+            assert group.logits is not None
+            self._accept([group.jobs[row] for row in sampled], group.logits[sampled])
         for row, job in enumerate(group.jobs):
             self.prompt_tokens_total += len(job.request.prompt_token_ids)
+            self._prefixes.keep(job.prefix_mix, job.prefix, group.cache, row)
             if job.finished or job.cancelled:
                 continue
             target = len(self._rows)
-            if target != first + row:
+            if job.is_read_unsteered:
+                if not self._load_delta(job, job.request.mix, target):
+                    continue
+            elif target != first + row:
                 self._steered.move_slot(first + row, target)
-            self._cache.append(group.cache, row, len(job.request.prompt_token_ids))
+            self._cache.append(group.cache, row, len(job.prefix))
             self._rows.append(job)
         self._group = None
 

@@ -17,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atoms.adapter import Delta
@@ -52,8 +54,10 @@ class EmbeddedEngine:
     """Continuous batching in which every row carries its own mix.
 
     `model` has the base adapter merged and belongs to the engine from now on. `compose` gives the weight delta of a
-    mix, None for none; it runs on the worker thread. Keys and values take up to slots · max_model_len tokens of memory,
-    allocated as they are needed. Between two decode steps about `prefill_tokens_per_step` prompt tokens are computed.
+    mix, by module or packed (`atoms.steered`), None for none; it runs on the worker thread. Keys and values take up to
+    slots · max_model_len tokens of memory, allocated as they are needed, and those of up to `prefix_cache_tokens` of
+    prompts stay for others that begin alike (0: none). A step computes about `prefill_tokens_per_step` prompt tokens, a
+    quarter of that between two decode steps.
 
     Raises ConfigError for sizes that cannot work, ModelError for a model that cannot be batched.
     """
@@ -63,18 +67,21 @@ class EmbeddedEngine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         space: LoRASpace,
-        compose: Callable[[Mix], Delta | None],
+        compose: Callable[[Mix], Delta | Tensor | None],
         *,
         slots: int = 16,
         max_model_len: int | None = None,
         max_waiting: int = 256,
         prefill_tokens_per_step: int = 512,
+        prefix_cache_tokens: int = 4096,
     ) -> None:
         for name, value in (
             ("slots", slots), ("max_waiting", max_waiting), ("prefill_tokens_per_step", prefill_tokens_per_step)
         ):  # fmt: skip
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if prefix_cache_tokens < 0:
+            raise ConfigError(f"prefix_cache_tokens is {prefix_cache_tokens}; it must be at least 0")
         self._max_model_len = _model_len(_steady_context(model), max_model_len)
         self._tokenizer = tokenizer
         self._tokenizer_lock = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
@@ -86,9 +93,16 @@ class EmbeddedEngine:
         vocabulary = int(model.config.get_text_config().vocab_size)
         self._grammars = GrammarCompiler(tokenizer, self._token_bytes, vocabulary, end_tokens)
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")  # one: a costly grammar may not take all cores
+        self._composing = _TimedCompose(compose)
         try:
             self._batcher = Batcher(
-                model, self._steered, compose, end_tokens, self._max_model_len, prefill_tokens_per_step
+                model,
+                self._steered,
+                self._composing,
+                end_tokens,
+                self._max_model_len,
+                prefill_tokens_per_step,
+                prefix_cache_tokens,
             )
         except BaseException:
             self._steered.close()
@@ -113,7 +127,7 @@ class EmbeddedEngine:
 
     @property
     def prompt_tokens_total(self) -> int:
-        """Prompt tokens computed since the start."""
+        """Tokens of the prompts read since the start."""
         return self._batcher.prompt_tokens_total
 
     @property
@@ -178,7 +192,8 @@ class EmbeddedEngine:
             self._cancel(jobs)
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._batcher.load, len(self._waiting), self._slots)
+        return EngineStats(self._batcher.load, len(self._waiting), self._slots, self._composing.count,
+                           self._composing.seconds)  # fmt: skip
 
     def drain(self, timeout: float) -> bool:
         """Refuses new requests and waits up to `timeout` seconds for those in flight. Whether all have ended."""
@@ -269,6 +284,25 @@ class EmbeddedEngine:
         for job in jobs:
             job.fail(EngineStoppedError(reason))
         self._steered.close()
+
+
+class _TimedCompose:
+    """Composes mixes, and notes how many and in how long."""
+
+    def __init__(self, compose: Callable[[Mix], Delta | Tensor | None]) -> None:
+        self._compose = compose
+        self.count = 0
+        self.seconds = 0.0
+
+    def __call__(self, mix: Mix) -> Delta | Tensor | None:
+        if not mix:
+            return self._compose(mix)
+        start = time.perf_counter()
+        try:
+            return self._compose(mix)
+        finally:
+            self.count += 1
+            self.seconds += time.perf_counter() - start
 
 
 class _Collector:

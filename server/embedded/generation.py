@@ -11,7 +11,16 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from atoms.engine import Engine, FinishReason, GenerationRequest, Grammar, SamplingParams, TokenDelta, TokenLogprob
+from atoms.engine import (
+    Engine,
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    Phase,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprob,
+)
 from atoms.errors import EngineError
 from atoms.mix import Mix
 
@@ -39,11 +48,17 @@ class Sequences:
 
     @classmethod
     def of(
-        cls, answer_id: str, prompts: Sequence[tuple[int, ...]], n: int, mix: Mix, sampling: SamplingParams
+        cls,
+        answer_id: str,
+        prompts: Sequence[tuple[int, ...]],
+        n: int,
+        mix: Mix,
+        sampling: SamplingParams,
+        phase: Phase = "all",
     ) -> Sequences:
         """Choice i of a prompt is seeded with seed + i, so choices differ and no prompt depends on another."""
         requests = tuple(
-            GenerationRequest(f"{answer_id}-{place * n + choice}", prompt, mix, _seeded(sampling, choice))
+            GenerationRequest(f"{answer_id}-{place * n + choice}", prompt, mix, _seeded(sampling, choice), phase)
             for place, prompt in enumerate(prompts)
             for choice in range(n)
         )

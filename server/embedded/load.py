@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from atoms.model import choose_device, choose_dtype, load_model, merge_adapter
 from atoms.package import Package
+from atoms.steered import PackedBank
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.packing import pack_linears
 
@@ -29,6 +30,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_waiting: int = 256
     prefill_tokens_per_step: int = 512
+    prefix_cache_tokens: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,12 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
         model,
         tokenizer,
         package.base_adapter.space,
-        lambda mix: bank.compose(mix, package.composition),
+        PackedBank(bank, package.composition, model.device, model.dtype).compose,
         slots=options.slots,
         max_model_len=options.max_model_len,
         max_waiting=options.max_waiting,
         prefill_tokens_per_step=options.prefill_tokens_per_step,
+        prefix_cache_tokens=options.prefix_cache_tokens,
     )
     return LoadedPackage(package, engine, int(model.config.get_text_config().vocab_size))
 

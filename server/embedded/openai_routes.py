@@ -145,7 +145,7 @@ class OpenAIRoutes:
         if self.limits.max_tokens is not None:  # where the body asks for more it has been refused
             room = max(1, self.engine.max_model_len - max(len(prompt) for prompt in prompts))
             sampling = replace(sampling, max_tokens=min(self.limits.max_tokens, sampling.max_tokens or room))
-        return Sequences.of(answer_id, prompts, body.n, steering.mix, sampling)
+        return Sequences.of(answer_id, prompts, body.n, steering.mix, sampling, steering.phase)
 
     def _check_ids(self, largest: int, param: str) -> None:
         if self.vocabulary is not None and largest >= self.vocabulary:

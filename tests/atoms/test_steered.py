@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from atoms.adapter import Delta, Factors
+from atoms.adapter import Adapter, AtomBank, Composition, Delta, Factors
 from atoms.errors import AdapterError
+from atoms.mix import Mix
 from atoms.model import find_linear
 from atoms.space import LoRAModule, LoRASpace
-from atoms.steered import SteeredModel
+from atoms.steered import PackedBank, SteeredModel
 
 IDS = torch.tensor([[1, 30, 31, 32], [1, 40, 41, 42], [1, 50, 51, 52]])
 
@@ -36,6 +38,15 @@ def random_delta(space: LoRASpace, seed: int, rank: int = 4) -> Delta:
         m.name: Factors(torch.randn(rank, m.d_in, generator=generator) * 0.2, torch.randn(m.d_out, rank, generator=generator) * 0.2, 1.5)
         for m in space.modules
     }  # fmt: skip
+
+
+def random_bank(space: LoRASpace, atoms: int) -> AtomBank:
+    generator = torch.Generator().manual_seed(7)
+
+    def direction() -> dict[str, torch.Tensor]:
+        return {t.key: torch.randn(t.shape, generator=generator) * 0.1 for t in space.tensors}
+
+    return AtomBank.of(Adapter(space, direction(), {}), {f"a{j}": direction() for j in range(atoms)})
 
 
 @torch.inference_mode()
@@ -108,6 +119,40 @@ def test_a_delta_moves_with_its_row_and_emptiness_too(
     assert torch.equal(run(steered, [3, 3, 3]), before)
     steered.move_slot(0, 3)
     assert torch.equal(run(steered, [3, 3, 3]), plain)
+
+
+@pytest.mark.parametrize("composition", ["linear", "parameter"])
+def test_a_packed_mix_equals_the_composed_one(
+    composition: Composition, steered: SteeredModel, space: LoRASpace, plain: torch.Tensor
+) -> None:
+    bank = random_bank(space, atoms=5)
+    packed = PackedBank(bank, composition, torch.device("cpu"), torch.float32)
+    for mix in (Mix.of({"a1": 1.5}), Mix.of({"a0": -0.7, "a3": 2.0, "a4": 0.01})):
+        steered.set_slot(0, bank.compose(mix, composition))
+        expected = run(steered, [0, 0, 0])
+        steered.set_slot(0, packed.compose(mix))
+        assert torch.allclose(run(steered, [0, 0, 0]), expected, atol=1e-5)
+        assert not torch.allclose(expected, plain, atol=1e-3)
+    assert packed.compose(Mix()) is None
+
+
+def test_linears_of_one_input_share_a_product_and_others_do_not(tiny_model: PreTrainedModel) -> None:
+    """q, k and v of a layer see one tensor; o_proj, of the same parent and size, another."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    linears = {name: m for name, m in tiny_model.named_modules() if name.endswith(names)}
+    space = LoRASpace.of(LoRAModule(name, m.in_features, m.out_features, 2, 1.5) for name, m in linears.items())
+    products = []
+    steered = SteeredModel(tiny_model, space, slots=1)
+    delta = random_delta(space, 0)
+    steered.set_slot(0, delta)
+    with patch("atoms.steered.torch.bmm", side_effect=lambda x, a: products.append(a) or torch.matmul(x, a)):
+        got = run(steered, [0, 0, 0])
+    assert len(products) == 4 * tiny_model.config.num_hidden_layers
+    steered.close()
+    for name, factors in delta.items():
+        find_linear(tiny_model, name).weight += factors.scaling * factors.lora_B @ factors.lora_A
+    with torch.inference_mode():
+        assert torch.allclose(got, tiny_model(input_ids=IDS).logits, atol=1e-4)
 
 
 def test_rows_end_with_the_block_also_on_an_error(plain: torch.Tensor, steered: SteeredModel, space: LoRASpace) -> None:

@@ -38,7 +38,7 @@ def test_no_default_mix_means_unsteered(package: Package, config: ServeConfig) -
     assert not resolved.mix
     assert resolved.echo() == {
         "mix": resolved.digest, "atoms": {}, "predicted_kl": 0.0, "scaled_by": 1.0, "preset": None,
-        "experiment": None, "arm": None,
+        "experiment": None, "arm": None, "phase": "all",
     }  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def test_out_of_range_is_for_admins(steering: Steering, ids: list[str]) -> None:
 
 
 def test_null_fields_are_absent(steering: Steering) -> None:
-    fields = ("atoms", "preset", "experiment", "max_kl", "on_exceed", "allow_out_of_range")
+    fields = ("atoms", "preset", "experiment", "max_kl", "on_exceed", "allow_out_of_range", "phase")
     assert steering.resolve(dict.fromkeys(fields)) == steering.resolve(None)
 
 
@@ -168,6 +168,9 @@ def test_null_fields_are_absent(steering: Steering) -> None:
         ({"on_exceed": "clip"}, InvalidFieldError, "steering.on_exceed"),
         ({"on_exceed": ["error"]}, InvalidFieldError, "steering.on_exceed"),
         ({"allow_out_of_range": 1}, InvalidFieldError, "steering.allow_out_of_range"),
+        ({"phase": "prompt"}, InvalidFieldError, "steering.phase"),
+        ({"phase": ["all"]}, InvalidFieldError, "steering.phase"),
+        ({"experiment": "e1", "phase": "decode"}, InvalidFieldError, "steering.phase"),
         ({"allow_out_of_range": "true"}, InvalidFieldError, "steering.allow_out_of_range"),
     ],
 )
@@ -207,6 +210,18 @@ def test_a_server_with_unusable_mixes_does_not_start(
 ) -> None:
     with pytest.raises(ConfigError, match="cannot be used"):
         Steering.of(package, change(config))
+
+
+def test_a_phase_is_echoed_and_part_of_the_digest(steering: Steering) -> None:
+    whole, decode = (steering.resolve({"atoms": {"list": 1}, "phase": phase}) for phase in ("all", "decode"))
+    assert (whole.phase, decode.phase) == ("all", "decode") == (whole.echo()["phase"], decode.echo()["phase"])
+    assert decode.digest == f"{whole.digest}-decode"
+    assert whole.digest == steering.resolve({"atoms": {"list": 1}}).digest
+    assert steering.resolve({"preset": "polite", "phase": "decode"}).phase == "decode"
+
+
+def test_no_mix_is_the_same_in_both_phases(steering: Steering) -> None:
+    assert steering.resolve({"atoms": {}, "phase": "decode"}).digest == steering.resolve({"atoms": {}}).digest
 
 
 def test_digests_differ_by_coefficient(steering: Steering) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from atoms.adapter import Delta
 from atoms.engine import Generation, GenerationRequest, SamplingParams
@@ -21,6 +21,7 @@ from atoms.steered import SteeredModel
 from server.embedded.engine import EmbeddedEngine
 
 MakeEngine = Callable[..., EmbeddedEngine]
+ComposeFor = Callable[[PreTrainedModel], Callable[[Mix], Delta]]
 NEAR_TIE = 1e-4
 QUESTIONS = (
     "Name three colours.",
@@ -87,9 +88,7 @@ def test_a_mixed_batch_with_joins_and_leaves_equals_each_alone(
 
 
 def test_a_steered_row_equals_the_merged_model(
-    smol_model: PreTrainedModel,
-    make_engine: MakeEngine,
-    compose_for: Callable[[PreTrainedModel], Callable[[Mix], Delta]],
+    smol_model: PreTrainedModel, make_engine: MakeEngine, compose_for: ComposeFor
 ) -> None:
     engine = make_engine(smol_model)
     request = GenerationRequest(
@@ -100,14 +99,73 @@ def test_a_steered_row_equals_the_merged_model(
     )
     unsteered = GenerationRequest("u", request.prompt_token_ids, Mix(), request.sampling)
     steered, plain = engine.generate([request, unsteered])
-    merged = copy.deepcopy(smol_model)
-    for module in merged.modules():
-        module._forward_hooks.clear()
-    for name, factors in compose_for(smol_model)(request.mix).items():
-        weight = merged.get_submodule(name).weight
-        weight.data += factors.scaling * factors.lora_B @ factors.lora_A
+    merged = merged_copy(bare_copy(smol_model), compose_for(smol_model)(request.mix))
     _assert_same(steered, make_engine(merged).generate([unsteered])[0])
     assert steered.token_ids != plain.token_ids
+
+
+@pytest.mark.parametrize("prefix_cache_tokens", [0, 4096], ids=["read anew", "kept"])
+def test_a_decode_phase_row_equals_an_unsteered_prompt_and_a_steered_answer(
+    smol_model: PreTrainedModel, make_engine: MakeEngine, compose_for: ComposeFor, prefix_cache_tokens: int
+) -> None:
+    """The oracle is transformers alone: the plain model reads all but the prompt's last token, the merged one goes on."""
+    engine = make_engine(smol_model, slots=4, prefill_tokens_per_step=200, prefix_cache_tokens=prefix_cache_tokens)
+    long = "You answer in full sentences. " * 12
+    prompts = [engine.encode_chat([{"role": "user", "content": text}]) for text in (long + QUESTIONS[1], QUESTIONS[3])]
+    sampling = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+    mixes = (Mix.of({"a": 2}), Mix.of({"a": 3}))
+    requests = [
+        GenerationRequest(f"{phase}-{place}-{index}", prompt, mix, sampling, phase)
+        for place, prompt in enumerate(prompts)
+        for index, mix in enumerate(mixes)
+        for phase in ("decode", "all")
+    ]
+    first = engine.generate(requests)
+    again = engine.generate(requests)  # with what the first round left in the cache of prefixes
+    plain = bare_copy(smol_model)
+    merged = {mix: merged_copy(plain, compose_for(smol_model)(mix)) for mix in mixes}
+    differing = 0
+    for request, *answers in zip(requests, first, again, strict=True):
+        model = merged[request.mix]
+        expected = _greedy_after(plain if request.phase == "decode" else model, model, request.prompt_token_ids, 10)
+        assert [list(answer.token_ids) for answer in answers] == [expected, expected], request.request_id
+        other = model if request.phase == "decode" else plain
+        differing += expected != _greedy_after(other, model, request.prompt_token_ids, 10)
+    assert differing, "no answer depends on how the prompt was read, so this shows nothing"
+
+
+@torch.inference_mode()
+def _greedy_after(reader: PreTrainedModel, writer: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
+    """`reader` reads all but the last token of `prompt`, `writer` goes on from there."""
+    cache = DynamicCache()
+    reader(input_ids=torch.tensor([list(prompt[:-1])]), past_key_values=cache)
+    tokens = [prompt[-1]]
+    for _ in range(count):
+        tokens.append(int(writer(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].argmax()))
+    return tokens[1:]
+
+
+def bare_copy(model: PreTrainedModel) -> PreTrainedModel:
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    return copied
+
+
+def merged_copy(model: PreTrainedModel, delta: Delta) -> PreTrainedModel:
+    merged = copy.deepcopy(model)
+    for name, factors in delta.items():
+        merged.get_submodule(name).weight.data += factors.scaling * factors.lora_B @ factors.lora_A
+    return merged
+
+
+def test_a_decode_phase_prompt_of_one_token_is_steered(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny)
+    sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    one, other = engine.generate([GenerationRequest(phase, (7,), Mix.of({"a": 3}), sampling, phase)
+                                  for phase in ("all", "decode")])  # fmt: skip
+    plain = engine.generate([GenerationRequest("plain", (7,), Mix(), sampling)])[0]
+    assert one.token_ids == other.token_ids != plain.token_ids
 
 
 def test_an_empty_mix_is_bit_equal_to_no_hooks(smol_model: PreTrainedModel) -> None:
