@@ -138,9 +138,10 @@ class _WatchedFile:
 class AuthMiddleware:
     """Refuses requests without a good key with 401; sets ``scope["state"]["caller"]`` and ``["admin"]`` for the routes."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, refused: Callable[[], None] = lambda: None) -> None:
         self._app = app
         self._keys = keys
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -150,6 +151,7 @@ class AuthMiddleware:
             try:
                 caller = self._keys.identify(Headers(scope=scope))
             except AuthenticationError as error:
+                self._refused()
                 return await error_response(error)(scope, receive, send)
         scope["state"] |= {"caller": caller, "admin": caller.admin}
         scope["state"]["context"].caller = caller.name

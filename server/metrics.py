@@ -1,20 +1,22 @@
 """Prometheus metrics of one server, in a registry of its own.
 
 vLLM's names where they mean the same, so that its dashboards work; ours begin with ``atomsteer_``. Label values are
-bounded: presets, arms and atoms are those that exist, never what a client sent.
+bounded: presets, arms and atoms are those that exist, never what a client sent. `docs/operations.md` lists them all.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from atoms.engine import EngineStats
 from atoms.errors import AtomsteerError
+from atoms.manifest import Manifest
 from server.errors import error_kind
 from server.experiments.recording import Recorder
 from server.steering import ResolvedSteering
@@ -24,6 +26,7 @@ _FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
 _BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_REMEMBERED_MIXES = 65_536
 _KL = (0.0, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.45, 0.7, 1.0, 2.0, 5.0)
 
 
@@ -46,6 +49,32 @@ class SteeringMetrics:
         self._limited = Counter("atomsteer_rate_limited", "Requests refused for their key's quota", ("limit",),
                                 registry=registry)  # fmt: skip
 
+        self._mixes = Counter("atomsteer_mix_requests", "Steered requests by whether their mix was used before",
+                              ("mix",), registry=registry)  # fmt: skip
+        self._known_mixes: OrderedDict[str, None] = OrderedDict()
+        self._refused_keys = Counter(
+            "atomsteer_refused_keys", "Requests with a wrong key, or without one", registry=registry
+        )
+        self._reloads = Counter("atomsteer_reloads", "Reloads of the package", ("result",), registry=registry)
+
+    def key_refused(self) -> None:
+        """A request was answered 401."""
+        self._refused_keys.inc()
+
+    @contextmanager
+    def counting_reloads(self) -> Iterator[None]:
+        """Counts the block as a reload, failed if it raises."""
+        try:
+            yield
+        except Exception:
+            self._reloads.labels("failed").inc()
+            raise
+        self._reloads.labels("done").inc()
+
+    def describe(self, manifest: Callable[[], Manifest]) -> None:
+        """Shows at each scrape which version of which package is served."""
+        self._registry.register(_PackageCollector(manifest))
+
     def limited(self, limit: str) -> None:
         """A request was refused; `limit` is ``requests``, ``tokens`` or ``concurrent_requests``."""
         self._limited.labels(limit).inc()
@@ -59,6 +88,12 @@ class SteeringMetrics:
         self._kl.observe(steering.predicted_kl)
         for atom, _ in steering.mix:
             self._atoms.labels(atom).inc()
+        if steering.mix:
+            self._mixes.labels("known" if steering.digest in self._known_mixes else "new").inc()
+            self._known_mixes[steering.digest] = None
+            self._known_mixes.move_to_end(steering.digest)
+            if len(self._known_mixes) > _REMEMBERED_MIXES:
+                self._known_mixes.popitem(last=False)
 
     def watch(self, recorder: Recorder) -> None:
         """Shows at each scrape how many records of experiments wait to be written, and how many had to be dropped."""
@@ -133,6 +168,22 @@ class _LoadCollector(Collector):
             family = GaugeMetricFamily(name, text, labels=["model_name"])
             family.add_metric([self._model_name], value)
             yield family
+        yield SummaryMetricFamily("atomsteer_compose_seconds", "Composing the weights of a mix", stats.mixes_composed,
+                                  stats.compose_seconds)  # fmt: skip
+
+
+class _PackageCollector(Collector):
+    """The package in force: a label set that changes with it, and always one series."""
+
+    def __init__(self, manifest: Callable[[], Manifest]) -> None:
+        self._manifest = manifest
+
+    def collect(self) -> Iterable[Metric]:
+        manifest = self._manifest()
+        family = GaugeMetricFamily("atomsteer_package_info", "The package that is served; always 1",
+                                   labels=["package", "version", "content_hash"])  # fmt: skip
+        family.add_metric([manifest.name, manifest.version, manifest.content_hash[:12]], 1)
+        yield family
 
 
 class _RecordCollector(Collector):

@@ -1,10 +1,12 @@
 """The embedded server as an ASGI application: middleware outside, then the routes of the version that is served.
 
-request id, headers, metrics, log  ->  CORS (if set)  ->  keys  ->  quotas  ->  body limit  ->  current version's routes
+span (if set)  ->  request id, headers, metrics, log  ->  CORS (if set)  ->  keys  ->  quotas  ->  body limit
+->  routes of the current version
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -33,6 +35,7 @@ from server.routes.presets import presets_router
 from server.routes.steering import preview_router
 from server.state import Snapshot, State
 from server.steering import Steering
+from server.tracing import TracingMiddleware, make_tracer
 
 if TYPE_CHECKING:
     from server.embedded.load import LoadedPackage
@@ -41,10 +44,10 @@ if TYPE_CHECKING:
 class Application:
     """What uvicorn serves. Engines are closed by `close`, whichever version they belong to."""
 
-    def __init__(self, versions: Versions, outermost: ASGIApp) -> None:
+    def __init__(self, versions: Versions, outermost: ASGIApp, reload: Reload) -> None:
         self._versions = versions
         self._outermost = outermost
-        self.reload = versions.reload
+        self.reload = reload
         self.close = versions.close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,11 +73,13 @@ def create_app(
     traffic = traffic or Traffic()
     traffic.slots = engine.stats().slots
     metrics = ServerMetrics(config.served_model_name or package.manifest.name, lambda: versions.stats())
+    metrics.describe(lambda: versions.current.package.manifest)
     if state is not None:
         metrics.watch(state.recorder)
 
     async def reload() -> tuple[Package, Package]:
-        return await versions.reload()
+        with metrics.counting_reloads():
+            return await versions.reload()
 
     def version_of(package: Package, engine: ServedEngine, vocabulary: int | None) -> Version:
         return Version(package, engine, _routes(package, engine, vocabulary, config, metrics, traffic, state, reload))
@@ -84,7 +89,7 @@ def create_app(
         lambda loaded: version_of(loaded.package, loaded.engine, loaded.vocabulary),
         load,
     )
-    return Application(versions, _guarded(versions, config, metrics, traffic))
+    return Application(versions, _guarded(versions, config, metrics, traffic), reload)
 
 
 def _routes(
@@ -117,10 +122,13 @@ def _routes(
 
 
 def _guarded(app: ASGIApp, config: ServeConfig, metrics: ServerMetrics, traffic: Traffic) -> ASGIApp:
-    """`app` behind all that a request passes first, innermost first. Raises ConfigError for an unusable key file."""
+    """`app` behind all that a request passes first, innermost first.
+
+    Raises ConfigError for a key file or an exporter of traces that cannot be used.
+    """
     app = BodyLimitMiddleware(app, config.limits.max_body_bytes, config.body_timeout)
     app = QuotaMiddleware(app, Quotas(config.quota), metrics.limited)
-    app = AuthMiddleware(app, KeyRing.of(config))
+    app = AuthMiddleware(app, KeyRing.of(config), metrics.key_refused)
     if config.cors_origins:
         app = CORSMiddleware(
             app,
@@ -129,4 +137,6 @@ def _guarded(app: ASGIApp, config: ServeConfig, metrics: ServerMetrics, traffic:
             allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
             expose_headers=[REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER],
         )
-    return RequestContextMiddleware(app, traffic, metrics, config.access_log, config.log_prompts)
+    app = RequestContextMiddleware(app, traffic, metrics, config.access_log, config.log_prompts)
+    tracer = make_tracer(os.environ)
+    return TracingMiddleware(app, tracer) if tracer is not None else app

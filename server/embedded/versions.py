@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -54,6 +54,7 @@ class Versions:
     ) -> None:
         self.current = first
         self._ending: list[Version] = []
+        self._ended = EngineStats(0, 0, 0)
         self._build = build
         self._load = load
         self._reloading = asyncio.Lock()
@@ -69,9 +70,16 @@ class Versions:
             version.requests -= 1
 
     def stats(self) -> EngineStats:
-        """Of all versions together; the slots are the current one's."""
+        """Of all versions together, totals of those that have ended included; the slots are the current one's."""
         engines = [version.engine.stats() for version in (self.current, *self._ending)]
-        return EngineStats(sum(e.running for e in engines), sum(e.waiting for e in engines), engines[0].slots)
+        totals = [self._ended, *engines]
+        return EngineStats(
+            running=sum(engine.running for engine in engines),
+            waiting=sum(engine.waiting for engine in engines),
+            slots=engines[0].slots,
+            mixes_composed=sum(engine.mixes_composed for engine in totals),
+            compose_seconds=sum(engine.compose_seconds for engine in totals),
+        )
 
     async def reload(self) -> tuple[Package, Package]:
         """Reads the package at the configured path anew and serves it from now on. Returns the old and the new one.
@@ -123,7 +131,10 @@ class Versions:
         while version.requests and not self._closed:
             await asyncio.sleep(_LOOK_SECONDS)
         await asyncio.to_thread(version.engine.close)
+        last = version.engine.stats()
         self._ending.remove(version)
+        self._ended = replace(self._ended, mixes_composed=self._ended.mixes_composed + last.mixes_composed,
+                              compose_seconds=self._ended.compose_seconds + last.compose_seconds)  # fmt: skip
         _log.info("version %s has ended its last request", version.package.manifest.version)
 
 

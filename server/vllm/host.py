@@ -38,6 +38,7 @@ from server.routes.steering import preview_router
 from server.state import Snapshot, State
 from server.steering import Steering
 from server.store.schema import open_database
+from server.tracing import TracingMiddleware, make_tracer
 from server.vllm.identity import MixIdentities
 from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
 from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings
@@ -73,6 +74,7 @@ class SteeringEndpoint:
         self._stopped = asyncio.Event()
         self._engine: Any = None
         metrics = SteeringMetrics(REGISTRY)
+        metrics.describe(lambda: package.manifest)
         recorder = state.recorder if state else None
         if recorder is not None:
             metrics.watch(recorder)
@@ -90,9 +92,11 @@ class SteeringEndpoint:
                            recorder=recorder, stopped=self._stopped, max_tokens=config.limits.max_tokens)  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes, seconds=config.body_timeout)
         app.add_middleware(QuotaMiddleware, quotas=Quotas(config.quota), refused=metrics.limited)
-        app.add_middleware(AuthMiddleware, keys=KeyRing.of(config))
+        app.add_middleware(AuthMiddleware, keys=KeyRing.of(config), refused=metrics.key_refused)
         app.add_middleware(RequestContextMiddleware, traffic=self._traffic, metrics=metrics, access_log=config.access_log,
                            log_prompts=config.log_prompts)  # fmt: skip
+        if (tracer := make_tracer(os.environ)) is not None:
+            app.add_middleware(TracingMiddleware, tracer=tracer)
         if state is not None:
             _on_shutdown(app, state.close)
 

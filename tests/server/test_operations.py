@@ -183,6 +183,13 @@ def test_a_broken_package_is_refused_and_sighup_takes_the_mended_one(operated: O
     assert operated.post("/v1/admin/reload", {}).status_code == 403
 
 
+def test_metrics_count_composed_mixes_over_versions(operated: Operated) -> None:
+    text = httpx.get(operated.url + "/metrics").text
+    values = dict(line.rpartition(" ")[::2] for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["atomsteer_compose_seconds_count"]) > 5 and float(values["atomsteer_compose_seconds_sum"]) > 0
+    assert float(values['atomsteer_reloads_total{result="failed"}']) == 2
+
+
 def _server_pid(operated: Operated) -> int:
     """Of the server that was started with this package."""
     for directory in Path("/proc").iterdir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from urllib.parse import quote
 
 import pytest
 from httpx import AsyncClient
@@ -250,10 +251,52 @@ async def test_metrics(client: AsyncClient, ids: list[str], engine: ScriptedEngi
         "atomsteer_predicted_kl_count 1.0",
         'atomsteer_steering_errors_total{code="invalid_coefficient"} 1.0',
         'atomsteer_steering_errors_total{code="atom_not_found"} 1.0',
+        'atomsteer_mix_requests_total{mix="new"} 1.0',
+        "atomsteer_compose_seconds_count 0.0",
     ):
         assert line in text.splitlines()
     assert "x1y2" not in text
     assert "unheard-of" not in text
+
+
+async def test_hostile_names_make_no_series(client_of: Callable[..., AsyncClient], locked: ServeConfig) -> None:
+    async with client_of(locked, "boss") as client:
+
+        async def series() -> set[str]:
+            lines = (await client.get("/metrics")).text.splitlines()
+            return {line.rpartition(" ")[0] for line in lines if not line.startswith("#") and "_created" not in line}
+
+        async def ask(name: str) -> None:
+            for body in (
+                {"model": name}, {"model": f"demo:{name}"}, {"model": "demo", "steering": {"preset": name}},
+                {"model": "demo", "steering": {"experiment": name}}, {"model": "demo", "steering": {"atoms": {name: 1}}},
+                {"model": "demo", "user": name, "metadata": {name: name}, "steering": {name: 1}},
+            ):  # fmt: skip
+                await client.post("/v1/chat/completions", json=CHAT | body)
+            await client.get(f"/v1/atoms/{quote(name, safe='')}", headers={"Authorization": f"Bearer {quote(name)}"})
+
+        await ask("first")
+        before = await series()
+        for name in ("second", "../../etc/passwd", "a\nb", 'x"} 1', "\u202e", "x" * 300):
+            await ask(name)
+        assert await series() == before
+
+
+async def test_mixes_do_not_grow_series_and_known_ones_are_told_from_new(client: AsyncClient) -> None:
+    for value in (0.1, 0.2, 0.1, 0.3):
+        await client.post("/v1/chat/completions", json=CHAT | {"steering": {"atoms": {"list": value}}})
+    text = (await client.get("/metrics")).text
+    assert (
+        'atomsteer_mix_requests_total{mix="new"} 3.0' in text
+        and 'atomsteer_mix_requests_total{mix="known"} 1.0' in text
+    )
+    assert "m-" not in text
+
+
+async def test_refused_keys_are_counted(client_of: Callable[..., AsyncClient], locked: ServeConfig) -> None:
+    async with client_of(locked, "wrong") as client:
+        await client.get("/v1/models")
+        assert "atomsteer_refused_keys_total 1.0" in (await client.get("/metrics")).text
 
 
 async def test_each_application_has_metrics_of_its_own(client_of: Callable[..., AsyncClient]) -> None:

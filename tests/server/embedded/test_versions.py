@@ -94,6 +94,9 @@ async def test_requests_in_flight_end_on_their_version_and_new_ones_begin_on_the
     assert not engine.healthy and shelf.engines[0].healthy, "the old engine must go, the new one stay"
     text = (await client.get("/metrics")).text
     assert 'vllm:generation_tokens_total{model_name="demo"} 12.0' in text, "metrics go on counting over versions"
+    assert 'atomsteer_reloads_total{result="done"} 1.0' in text
+    (info,) = [line for line in text.splitlines() if line.startswith("atomsteer_package_info{")]
+    assert 'version="2.0"' in info
 
 
 async def test_a_stream_goes_on_across_a_reload(
