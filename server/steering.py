@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from atoms.engine import Phase
 from atoms.errors import CoefficientError, ConfigError, DriftBudgetError, MixError, UnknownAtomError
@@ -95,8 +95,8 @@ class SteeringRequest:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSteering:
-    """What a request is steered with. `digest` identifies mix and phase. `scaled_by` is 1 unless the drift budget shrank the mix. `assignment` is what a
-    host hands to the `Recorder`; None for a request that takes no part in an experiment."""
+    """What a request is steered with. `digest` identifies mix and phase. `scaled_by` is 1 unless the drift budget shrank
+    the mix. `assignment` is what a host hands to the `Recorder`; None for a request that takes no part in an experiment."""
 
     mix: Mix
     digest: str
@@ -127,7 +127,7 @@ class Steering:
     """Resolves requests against one package, its presets and its default mix.
 
     `fixed` are the presets of the server's settings. Those of the database, and experiments, are in what `snapshot`
-    returns; a fixed preset hides none of them, because no name may be both.
+    returns; a fixed preset hides none of them, because no name may be both. `phases` are those that the host can steer.
     """
 
     package: Package
@@ -136,6 +136,7 @@ class Steering:
     default: Mix
     max_atoms: int
     snapshot: Callable[[], Snapshot] = Snapshot
+    phases: Callable[[], Sequence[Phase]] = lambda: get_args(Phase)
 
     @classmethod
     def of(cls, package: Package, config: ServeConfig, snapshot: Callable[[], Snapshot] = Snapshot) -> Steering:
@@ -196,6 +197,9 @@ class Steering:
                 "allow_out_of_range is true, which needs an admin key; leave it out or send an admin key",
                 "steering.allow_out_of_range",
             )
+        if request.phase not in self.phases():
+            raise InvalidFieldError(f'phase "{request.phase}" is not to be had from the engine that serves here; use '
+                                    f'"{self.phases()[0]}" or leave it out', "steering.phase")  # fmt: skip
         preset = request.preset if request.preset is not None else model_preset
         mix = self._mix(request, preset)
         if not request.allow_out_of_range:
