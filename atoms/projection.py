@@ -7,9 +7,9 @@ Symbols, for one LoRA matrix with gradient G (o, i) = δᵀx
     kept       the k components (o, i) of largest λ
 and over all matrices
     x = (Λ+ε)^{-1/2} Qᵀ g           the whitened row, (D,), D = Σ k
-    x̃ = (x − μ) / ‖x − μ‖           centred and normalised; n = ‖x − μ‖
+    x̃ = unit(W unit(x − μ))         centred, leading components whitened (W), unit length
     D, a                            dictionary (K, D) of unit atoms d, and codes (N, K)
-    v = −Q (Λ+ε)^p d                unprojection; p = −½ is the natural step, p = +½ the paper's direction
+    v = −Q (Λ+ε)^p W^{−2p} d        unprojection; p = −½ is the natural step, p = +½ the paper's direction
 """
 
 from __future__ import annotations
@@ -130,11 +130,52 @@ class Projection:
         return cls(space, bases)
 
 
-def normalise_rows(rows: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """x̃ (N, D) and n (N,) of whitened rows; a row equal to the mean stays zero."""
-    centred = rows - mean
-    norms = centred.norm(dim=1)
-    return centred / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], norms
+@dataclass(frozen=True)
+class RowWhitening:
+    """What turns stored rows into the dictionary's: x̃ = unit(W unit(x − μ)), W = 1 − V diag(1 − f) Vᵀ.
+
+    mean μ (D,); V (D, r) the leading principal components of the centred unit rows; f (r,) = √(ρ / (v + ρ)) for a share v of
+    their variance and a ridge ρ. The eigenbasis whitens each matrix alone; what all documents share across matrices (how
+    sure the model is, how long an answer) still fills the leading components and hides what they differ in.
+    """
+
+    mean: Tensor
+    components: Tensor
+    factors: Tensor
+
+    @classmethod
+    def centring(cls, mean: Tensor) -> RowWhitening:
+        """Removes the mean and nothing else."""
+        return cls(mean, mean.new_zeros(len(mean), 0), mean.new_zeros(0))
+
+    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """x̃ (N, D), and n (N,) = ‖x − μ‖ of whitened rows; a row equal to the mean stays zero."""
+        unit, norms = _unit(rows - self.mean)
+        if self.factors.numel():
+            unit = _unit(self.scale(unit, self.factors))[0]
+        return unit, norms
+
+    def scale(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """rows (…, D) with their leading components times `factors` (r,), the rest as it is."""
+        return rows + (rows @ self.components * (factors - 1)) @ self.components.T
+
+    def undo(self, atom: Tensor, exponent: float) -> Tensor:
+        """W^{−2p} d: an atom (D,) in the coordinates of stored rows, ready for `Projection.unproject` with the same p.
+
+        W whitens as Λ^{−½} does, so Λ^p has W^{−2p} beside it: p = +½ gives gradients, p = −½ the natural step.
+        """
+        return self.scale(atom, self.factors ** (-2 * exponent))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For safetensors; `from_tensors` reads it back."""
+        return {"mean_row": self.mean, "leading_components": self.components, "leading_factors": self.factors}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> RowWhitening:
+        """Raises KeyError if `tensors` lacks the mean. Packages of before the leading components have none of them."""
+        plain = cls.centring(tensors["mean_row"])
+        return cls(plain.mean, tensors.get("leading_components", plain.components),
+                   tensors.get("leading_factors", plain.factors))  # fmt: skip
 
 
 class SparseCoder:
@@ -187,6 +228,12 @@ def duality_gap(rows: Tensor, codes: Tensor, dictionary: Tensor, alpha: float, *
     scale = (alpha / worst.clamp_min(1e-12)).clamp_max(1.0)[:, None]  # makes the residual feasible for the dual
     dual = 0.5 * rows.square().sum(1) - 0.5 * (rows - scale * residual).square().sum(1)
     return objective(rows, codes, dictionary, alpha) - dual
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (N, D) at unit length, and their lengths (N,)."""
+    norms = rows.norm(dim=1)
+    return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], norms
 
 
 def _shrink(values: Tensor, threshold: float, nonnegative: bool) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor
 from atoms.adapter import adapter_delta, write_adapter
 from atoms.model import choose_device, choose_dtype, load_model
 from atoms.package import Package
-from atoms.projection import sparse_codes
+from atoms.projection import RowWhitening, sparse_codes
 from offline.calibrate import make_batches
 from offline.config import FinetuneConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, split_held_out
@@ -63,7 +63,7 @@ def main() -> None:
         parser.error("retrain needs --data, the documents of the discovery")
     package = Package.read(options.package)
     settings = package.manifest.record["config"]
-    store = RowStore(options.work / "rows", settings["dictionary"].get("centred", True))
+    store = RowStore(options.work / "rows", RowWhitening.from_tensors(package.projection_tensors))
     split = split_held_out(len(store), settings["dictionary"]["held_out"], settings["seed"])
     if options.check == "ranks":
         result: object = ranks(package, store, *split)

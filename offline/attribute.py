@@ -26,7 +26,7 @@ from atoms.errors import ConfigError, PackageError
 from atoms.manifest import AtomCard
 from atoms.model import context_length
 from atoms.package import Package
-from atoms.projection import Projection, normalise_rows, sparse_codes
+from atoms.projection import Projection, RowWhitening, sparse_codes
 from offline.corpus import Corpus, Document, EncodedDocument, encode_corpus, plan_batches
 from offline.gradients import gradient_hooks
 from offline.models import frozen_lora
@@ -94,7 +94,7 @@ class Attributor:
         self.alpha, self.nonnegative = settings["dictionary"]["alpha"], settings["dictionary"]["nonnegative"]
         tensors, space = package.projection_tensors, package.base_adapter.space
         self.projection = Projection.from_tensors(space, tensors)
-        self.mean, self.dictionary = tensors["mean_row"], tensors["dictionary"]
+        self.whitening, self.dictionary = RowWhitening.from_tensors(tensors), tensors["dictionary"]
         self.cards = dict(zip(tensors["dictionary_index"].tolist(), package.manifest.atoms, strict=True))
         self._model = frozen_lora(model, package.path / "base", space)
 
@@ -136,7 +136,7 @@ class Attributor:
             for group in plan_batches(documents, self.batch_tokens):
                 stored = batch_rows(self._model, sink, group)
                 rows[stored["document"]], losses[stored["document"]] = stored["row"], stored["loss"]
-        return normalise_rows(rows, self.mean)[0], losses
+        return self.whitening.apply(rows)[0], losses
 
     def _shares(self, row: Tensor, codes: Tensor) -> tuple[tuple[AtomShare, ...], float]:
         shares = codes * (self.dictionary @ row)

@@ -13,7 +13,7 @@ from torch import Tensor
 from atoms.adapter import Adapter
 from atoms.manifest import AtomCard, BaseModelRef, Conventions, Manifest, Orientation
 from atoms.package import EVIDENCE, REPORT, PackageContents, atom_id
-from atoms.projection import Projection
+from atoms.projection import Projection, RowWhitening
 from offline.calibrate import Calibrated
 from offline.config import DiscoverConfig
 from offline.corpus import Corpus
@@ -44,7 +44,7 @@ class Discovery:
     adapter: Adapter
     projection: Projection
     dictionary: Dictionary
-    mean_row: Tensor
+    whitening: RowWhitening
     sparsity: Sparsity
     atoms: Sequence[DiscoveredAtom]
     drift: Tensor
@@ -115,7 +115,7 @@ def _card(atom: DiscoveredAtom, content_hash: str) -> AtomCard:
 def _projection_tensors(discovery: Discovery) -> dict[str, Tensor]:
     return {
         **discovery.projection.to_tensors(),
-        "mean_row": discovery.mean_row,
+        **discovery.whitening.to_tensors(),
         "dictionary": discovery.dictionary.atoms,
         "dictionary_index": torch.tensor([atom.candidate.atom for atom in discovery.atoms]),
         "documents_per_atom": discovery.sparsity.documents_per_atom,

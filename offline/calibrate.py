@@ -109,14 +109,14 @@ class DriftMeter:
             return torch.log_softmax(label_logits(self.steered.model, batch), dim=-1)
 
 
-def calibrate_atom(meter: DriftMeter, projection: Projection, atom: Tensor, config: CalibrateConfig) -> Calibrated:
-    """Unprojects an atom (D,) and scales it until the KL at ±1 averages 0.05 nats within 5%.
+def calibrate_atom(meter: DriftMeter, projection: Projection, row: Tensor, config: CalibrateConfig) -> Calibrated:
+    """Unprojects a row (D,), in the coordinates of stored rows, and scales it until the KL at ±1 averages 0.05 nats within 5%.
 
     Starts from the block-diagonal Fisher, ½ η² Σ λ (λ+ε)^{2p} d², times what such an estimate usually leaves out, and
     corrects by the square root of what is measured.
     """
-    direction = projection.unproject(atom, config.exponent)
-    scale = math.sqrt(2 * UNIT_NATS / max(_CROSS_MATRIX * fisher_norm(projection, atom, config.exponent), 1e-30))
+    direction = projection.unproject(row, config.exponent)
+    scale = math.sqrt(2 * UNIT_NATS / max(_CROSS_MATRIX * fisher_norm(projection, row, config.exponent), 1e-30))
     for _ in range(_MAX_SCALE_STEPS):
         scaled = {key: value * scale for key, value in direction.items()}
         up, down = meter.kl(scaled, 1.0), meter.kl(scaled, -1.0)

@@ -58,11 +58,28 @@ class CurvatureConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DictionaryConfig:
-    """Sparse dictionary learning. `atoms` None chooses one atom per 16 documents, within 8 … 500.
+class WhiteningConfig:
+    """How rows are standardised before the dictionary (offline/whitening.py).
 
-    `centred`: the mean row is removed. `learner`: our own, or scikit-learn's MiniBatchDictionaryLearning as a baseline,
-    which holds all rows in memory.
+    `centred`: the mean row is removed. `ridge`: principal components that carry more than this share of the rows' variance
+    are whitened, at least 10 times the mean share of a document; 0 leaves all as they are. `components`: the most that are
+    looked at.
+    """
+
+    centred: bool = True
+    ridge: float = 0.01
+    components: int = 128
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.ridge <= 1, "ridge", self.ridge, "a share of the variance, 0 to 1")
+        _require(self.components >= 1, "components", self.components, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class DictionaryConfig:
+    """Sparse dictionary learning. `atoms` None chooses one atom per 10 documents, within 8 … 500.
+
+    `learner`: our own, or scikit-learn's MiniBatchDictionaryLearning as a baseline, which holds all rows in memory.
     """
 
     atoms: int | None = None
@@ -70,7 +87,6 @@ class DictionaryConfig:
     nonnegative: bool = True
     iterations: int = 40
     held_out: float = 0.15
-    centred: bool = True
     learner: Literal["blocks", "scikit-learn"] = "blocks"
 
     def __post_init__(self) -> None:
@@ -124,7 +140,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
     "paper": {
         "curvature": {"eigenvalues": "kronecker", "damping": 1e-6, "absolute_damping": True},
-        "dictionary": {"learner": "scikit-learn", "nonnegative": False, "centred": False},
+        "whitening": {"centred": False, "ridge": 0.0},
+        "dictionary": {"learner": "scikit-learn", "nonnegative": False},
         "select": {"min_z": -1e6, "max_cosine": 1.0, "min_stability": 0.0, "sign_aligned": False},
         "calibrate": {"exponent": 0.5},
     },
@@ -162,6 +179,7 @@ class DiscoverConfig:
     force: bool = False
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig)
+    whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
     dictionary: DictionaryConfig = field(default_factory=DictionaryConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

@@ -45,8 +45,8 @@ class _Statistics:
 
 
 def default_atoms(documents: int) -> int:
-    """One atom per 16 documents, within 8 … 500: far more than there are behaviours splinters them."""
-    return max(8, min(500, documents // 16))
+    """One atom per 10 documents, within 8 … 500: far more than there are behaviours splinters them."""
+    return max(8, min(500, documents // 10))
 
 
 def learn_dictionary(

@@ -26,7 +26,7 @@ from atoms.errors import DataError
 from atoms.manifest import BaseModelRef
 from atoms.model import choose_device, choose_dtype, config_hash, load_model, merge_adapter, weights_fingerprint
 from atoms.package import Package, write_package
-from atoms.projection import Projection
+from atoms.projection import Projection, RowWhitening
 from atoms.steered import SteeredModel
 from atoms.storage import new_directory, read_json, write_json, write_tensors
 from offline.build import DiscoveredAtom, Discovery, package_contents
@@ -49,6 +49,7 @@ from offline.models import frozen_lora
 from offline.progress import Progress
 from offline.rows import RowStore, write_rows
 from offline.select import Candidate, Sparsity, candidates, keywords, select, stability
+from offline.whitening import fit_whitening
 from offline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -162,16 +163,19 @@ class Run:
         return Projection.from_tensors(space, load_file(file))
 
     def rows(self, projection: Projection) -> RowStore:
-        """One whitened row and one sketch a document; one forward and backward pass over the corpus."""
+        """One row and one sketch a document, from one forward and backward pass over the corpus; then their whitening."""
         folder = self.workspace.open("rows")
-        store = RowStore(folder, self.config.dictionary.centred)
+        store = RowStore(folder)
         if not (folder / "complete.json").exists():
             model = self._peft(read_adapter(self.adapter_dir))
             write_rows(model, projection, self.encoded.documents, self.config.batch_tokens, folder, self.progress)
             write_json(
                 folder / "complete.json", {"documents": len(self.encoded.documents), "components": projection.dim}
             )
-        return store
+        file = self.workspace.open("whitening", **dataclasses.asdict(self.config.whitening)) / "whitening.safetensors"
+        if not file.exists():
+            write_tensors(file, fit_whitening(store, self.config.whitening).to_tensors())
+        return dataclasses.replace(store, fitted=RowWhitening.from_tensors(load_file(file)))
 
     def dictionary(self, store: RowStore) -> tuple[Dictionary, Tensor]:
         """The dictionary, and the atoms of a second seed, against which stability is judged."""
@@ -243,7 +247,8 @@ class Run:
         pending = [candidate for candidate in chosen if not _atom_file(folder, candidate).exists()]
         with self.progress.task("calibrate", len(chosen), "atoms", len(chosen) - len(pending)) as bar:
             for candidate in pending:
-                calibrated = calibrate_atom(meter, projection, atoms[candidate.atom], config.calibrate)
+                row = store.whitening.undo(atoms[candidate.atom], config.calibrate.exponent)
+                calibrated = calibrate_atom(meter, projection, row, config.calibrate)
                 evidence = self._held_out_of(candidate.atom, documents, codes, store, atoms)
                 oriented = orient(meter, calibrated, evidence, config.batch_tokens) if evidence else None
                 write_calibrated(_atom_file(folder, candidate), oriented)
@@ -264,7 +269,7 @@ class Run:
     ) -> Package:  # fmt: skip
         """Writes the package and returns it, read back."""
         discovery = Discovery(
-            self.config, self.base_ref, adapter, projection, dictionaries[0], store.mean, sparsity, list(atoms), drift,
+            self.config, self.base_ref, adapter, projection, dictionaries[0], store.whitening, sparsity, list(atoms), drift,
             self.corpus, self.facts(), self.progress.costs,
         )  # fmt: skip
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)

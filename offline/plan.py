@@ -29,7 +29,7 @@ import torch
 from atoms.adapter import Adapter
 from atoms.errors import DataError
 from atoms.model import load_tokenizer
-from atoms.projection import Projection
+from atoms.projection import Projection, RowWhitening
 from atoms.storage import write_tensors
 from offline.calibrate import calibrate_atom, orient
 from offline.config import DiscoverConfig
@@ -299,7 +299,7 @@ def made_up_rows(folder: Path, count: int, dim: int, atoms: int) -> RowStore:
         noise = torch.nn.functional.normalize(torch.randn(len(documents), dim, generator=generator), dim=1)
         rows = (torch.tensor([0.6, 0.3, 0.2])[:, None] * directions[picks]).sum(1) + 0.5 * noise
         write_tensors(shard_path(folder, shard), {"document": documents, "row": rows})
-    return RowStore(folder)
+    return RowStore(folder, RowWhitening.centring(torch.zeros(dim)))
 
 
 def _timed(work):

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from atoms.projection import Projection, normalise_rows
+from atoms.projection import Projection, RowWhitening
 from atoms.space import LoRASpace
 from atoms.storage import write_tensors
 from offline.corpus import EncodedDocument, collate, plan_batches
@@ -121,11 +121,11 @@ class Sketcher:
 class RowStore:
     """Reads the shards of a directory. Documents are addressed by their row number in the corpus.
 
-    With `centred` off, μ is zero: rows are only normalised.
+    `rows` and `blocks` give whitened rows x̃ once their whitening is `fitted` (offline/whitening.py).
     """
 
     directory: Path
-    centred: bool = True
+    fitted: RowWhitening | None = None
 
     @cached_property
     def shards(self) -> list[Path]:
@@ -143,17 +143,16 @@ class RowStore:
     def __len__(self) -> int:
         return len(self._places)
 
-    @cached_property
-    def mean(self) -> Tensor:
-        """μ (D,): the mean whitened row, the fine-tune's common direction; summed in float64."""
-        total = torch.stack([_load(path, "row").double().sum(0) for path in self.shards]).sum(0)
-        return (total / len(self)).float() if self.centred else torch.zeros_like(total, dtype=torch.float32)
-
     def column(self, name: str) -> Tensor:
         """A per-document value (``norm`` or ``loss``), (N,) in corpus order."""
         documents = torch.cat([_load(path, "document") for path in self.shards])
         values = torch.cat([_load(path, name) for path in self.shards])
         return values[torch.argsort(documents)]
+
+    def stored(self) -> Iterator[Tensor]:
+        """Rows x (n, D) as stored, shard by shard."""
+        for path in self.shards:
+            yield _load(path, "row")
 
     def blocks(self, documents: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """(document numbers (n,), x̃ (n, D)) shard by shard, restricted to `documents`."""
@@ -162,11 +161,11 @@ class RowStore:
             numbers = _load(path, "document")
             keep = torch.isin(numbers, wanted)
             if keep.any():
-                yield numbers[keep], normalise_rows(_load(path, "row")[keep], self.mean)[0]
+                yield numbers[keep], self.whitening.apply(_load(path, "row")[keep])[0]
 
     def rows(self, documents: Sequence[int]) -> Tensor:
         """x̃ (n, D) of `documents`, in that order."""
-        return normalise_rows(self.uncentred(documents), self.mean)[0]
+        return self.whitening.apply(self.uncentred(documents))[0]
 
     def uncentred(self, documents: Sequence[int]) -> Tensor:
         """x (n, D) of `documents` as stored, whose inner products are EKFAC influences on the kept components."""
@@ -175,6 +174,13 @@ class RowStore:
     def sketches(self, documents: Sequence[int]) -> Tensor:
         """Sketches (n, S) of raw unit gradients of `documents`, float32."""
         return self._gather("sketch", documents).float()
+
+    @property
+    def whitening(self) -> RowWhitening:
+        """Raises ValueError before it is fitted."""
+        if self.fitted is None:
+            raise ValueError("the rows' whitening is not fitted yet")
+        return self.fitted
 
     def _gather(self, name: str, documents: Sequence[int]) -> Tensor:
         by_shard: dict[int, list[int]] = {}

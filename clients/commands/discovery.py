@@ -52,8 +52,15 @@ def discover(
             help="Added to eigenvalues, relative to their mean in the matrix; default: 0.1.", show_default=False
         ),
     ] = None,
+    ridge: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the rows' variance above which a principal component is whitened, 0 for none; default: 0.01.",
+            show_default=False,
+        ),
+    ] = None,
     atoms: Annotated[
-        int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 documents.")
+        int | None, typer.Option(help="Size of the dictionary; default: one atom per 10 documents.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
     signed_codes: Annotated[
@@ -88,6 +95,7 @@ def discover(
         DiscoverConfig,
         FinetuneConfig,
         SelectConfig,
+        WhiteningConfig,
         recipe_settings,
     )
     from offline.pipeline import discover as run
@@ -106,6 +114,7 @@ def discover(
                                 target_modules=tuple(names(target_modules))),
         curvature=CurvatureConfig(factor_documents=factor_documents, eigenvalue_documents=eigenvalue_documents,
                                   components=components, **settings("curvature", damping=damping)),
+        whitening=WhiteningConfig(**settings("whitening", ridge=ridge)),
         dictionary=DictionaryConfig(atoms=atoms, alpha=alpha, **settings("dictionary", nonnegative=nonnegative)),
         select=SelectConfig(keep=keep, min_documents=min_documents, **settings("select")),
         calibrate=CalibrateConfig(composition=composition, prompts=calibration_prompts,  # type: ignore[arg-type]

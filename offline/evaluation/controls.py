@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atoms.package import Package
-from atoms.projection import Projection
+from atoms.projection import Projection, RowWhitening
 from atoms.space import Direction
 from offline.calibrate import DriftMeter, fisher_norm
 
@@ -37,9 +37,10 @@ def shuffled_row(row: Tensor, seed: int) -> Tensor:
 
 
 def atom_row(package: Package, atom: str) -> Tensor:
-    """The whitened dictionary row (D,) that an atom was made from, before its orientation."""
+    """The row (D,) that an atom was unprojected from, before its orientation."""
     tensors = package.projection_tensors
-    return tensors["dictionary"][int(tensors["dictionary_index"][package.index[atom]])]
+    row = tensors["dictionary"][int(tensors["dictionary_index"][package.index[atom]])]
+    return RowWhitening.from_tensors(tensors).undo(row, package.manifest.conventions.unprojection_exponent)
 
 
 def projection_of(package: Package) -> Projection:

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
-from atoms.projection import MatrixBasis, Projection, duality_gap, normalise_rows, objective, sparse_codes
+from atoms.projection import MatrixBasis, Projection, RowWhitening, duality_gap, objective, sparse_codes
 from atoms.space import LoRAModule, LoRASpace
 
 SPACE = LoRASpace.of([LoRAModule("m.q_proj", 6, 5, 2, 2.0), LoRAModule("m.v_proj", 6, 4, 2, 2.0)])
@@ -95,10 +95,33 @@ def test_tensors_round_trip_exactly() -> None:
 def test_rows_are_centred_then_normalised_and_the_mean_itself_stays_zero() -> None:
     rows = torch.randn(5, 4)
     rows[2] = 1.0
-    unit, norms = normalise_rows(rows, torch.ones(4))
+    unit, norms = RowWhitening.centring(torch.ones(4)).apply(rows)
     assert torch.allclose(unit[[0, 1, 3, 4]].norm(dim=1), torch.ones(4))
     assert torch.equal(unit[2], torch.zeros(4)) and norms[2] == 0
     assert torch.allclose(unit[0] * norms[0] + 1, rows[0], atol=1e-6)
+
+
+def test_leading_components_are_scaled_and_the_rest_is_left_alone() -> None:
+    components = torch.linalg.qr(torch.randn(6, 2)).Q
+    whitening = RowWhitening(torch.zeros(6), components, torch.tensor([0.1, 0.5]))
+    row = torch.randn(6)
+    scaled = whitening.scale(row[None], whitening.factors)[0]
+    assert torch.allclose(components.T @ scaled, torch.tensor([0.1, 0.5]) * (components.T @ row), atol=1e-6)
+    rest = torch.eye(6) - components @ components.T
+    assert torch.allclose(rest @ scaled, rest @ row, atol=1e-6)
+    assert torch.allclose(whitening.undo(scaled, 0.5), row, atol=1e-5), "p = ½ does not undo the whitening"
+    assert torch.allclose(whitening.undo(row, -0.5), scaled, atol=1e-6), "p = −½ does not whiten once more"
+    assert torch.allclose(whitening.undo(row, 0.0), row, atol=1e-6)
+    unit = whitening.apply(torch.randn(3, 6))[0]
+    assert torch.allclose(unit.norm(dim=1), torch.ones(3))
+
+
+def test_row_whitening_reads_back_and_old_packages_have_only_a_mean() -> None:
+    whitening = RowWhitening(torch.randn(6), torch.linalg.qr(torch.randn(6, 2)).Q, torch.tensor([0.1, 0.5]))
+    rows = torch.randn(4, 6)
+    assert torch.equal(RowWhitening.from_tensors(whitening.to_tensors()).apply(rows)[0], whitening.apply(rows)[0])
+    old = RowWhitening.from_tensors({"mean_row": whitening.mean})
+    assert torch.equal(old.apply(rows)[0], RowWhitening.centring(whitening.mean).apply(rows)[0])
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])

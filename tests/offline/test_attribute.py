@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atoms.errors import ConfigError, DataError, PackageError, WrongBaseError
 from atoms.package import Package
+from atoms.projection import RowWhitening
 from offline.attribute import Attribution, Attributor
 from offline.corpus import Document, parse_document, read_corpus
 from offline.rows import RowStore
@@ -47,7 +48,9 @@ def chat(prompt: str, response: str, name: str = "new") -> Document:
 def test_a_training_document_gets_the_row_and_the_code_of_the_discovery(
     real_package: Package, attributions: list[Attribution]
 ) -> None:
-    rows = RowStore(real_package.path.with_name("package.work") / "rows").rows(range(len(attributions)))
+    whitening = RowWhitening.from_tensors(real_package.projection_tensors)
+    store = RowStore(real_package.path.with_name("package.work") / "rows", whitening)
+    rows = store.rows(range(len(attributions)))
     for attribution, row in zip(attributions, rows, strict=True):
         assert torch.allclose(attribution.row, row, atol=1e-5), "the package's projection is not the discovery's"
     found = {a.document.id: {part.card.id: part.code for part in a.atoms if part.card} for a in attributions}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from atoms.projection import objective, sparse_codes
 from atoms.storage import write_tensors
-from offline.config import DictionaryConfig
+from offline.config import DictionaryConfig, WhiteningConfig
 from offline.dictionary import default_atoms, encode, learn_dictionary, update_atoms
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
+from offline.whitening import fit_whitening
 
 ALPHA = 0.1
 
@@ -34,7 +36,8 @@ def store(tmp_path: Path) -> RowStore:
     for shard in range(3):
         documents = torch.arange(shard, len(rows), 3).flip(0)
         write_tensors(shard_path(tmp_path, shard), {"document": documents, "row": rows[documents]})
-    return RowStore(tmp_path)
+    store = RowStore(tmp_path)
+    return replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=0)))
 
 
 def learn(store: RowStore, seed: int = 0, **settings: object):
@@ -104,4 +107,4 @@ def test_codes_come_in_order_of_documents_and_only_for_those_asked(store: RowSto
 
 
 def test_the_default_size_follows_the_corpus() -> None:
-    assert [default_atoms(n) for n in (1, 100, 1600, 10**6)] == [8, 8, 100, 500]
+    assert [default_atoms(n) for n in (1, 100, 1600, 10**6)] == [8, 10, 160, 500]

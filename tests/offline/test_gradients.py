@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atoms.projection import normalise_rows
 from atoms.space import LoRASpace
-from offline.config import CurvatureConfig, FinetuneConfig
+from offline.config import CurvatureConfig, FinetuneConfig, WhiteningConfig
 from offline.corpus import EncodedDocument, collate, encode_corpus, plan_batches, read_corpus
 from offline.curvature import CovarianceSink, fit_eigenvalues, fit_factors, fit_projection, sample_labels, sampled_pass
 from offline.gradients import FullGradients, gradient_hooks, label_logits, lora_linear, mean_losses, sum_losses
 from offline.models import new_lora
 from offline.progress import Progress
 from offline.rows import RowSink, RowStore, write_rows
+from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -196,14 +197,15 @@ def projected(tiny_lora, tmp_path: Path) -> Iterator[tuple]:
     eigenvalues = fit_eigenvalues(model, space, factors, DOCUMENTS, 64, 5, QUIET)
     projection = fit_projection(space, factors, eigenvalues, CurvatureConfig(components=30))
     write_rows(model, projection, DOCUMENTS, 64, tmp_path, QUIET)
-    yield model, space, projection, RowStore(tmp_path)
+    store = RowStore(tmp_path)
+    yield model, space, projection, replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=0)))
 
 
 def test_fused_rows_equal_the_projection_of_full_gradients(projected) -> None:
     model, space, projection, store = projected
     full = torch.stack([projection.project(g) for g in hooked(model, space, DOCUMENTS)])
-    expected, _ = normalise_rows(full, full.mean(0))
-    assert relative(store.mean, full.mean(0)) < 1e-4
+    expected = torch.nn.functional.normalize(full - full.mean(0), dim=1)
+    assert relative(store.whitening.mean, full.mean(0)) < 1e-4
     assert relative(store.rows([0, 1, 2]), expected) < 1e-3
     assert torch.equal(store.rows([2, 0]), store.rows([0, 1, 2])[[2, 0]]), "rows come in another order than asked for"
     numbers, rows = (torch.cat(parts) for parts in zip(*store.blocks([0, 2]), strict=True))

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from atoms.errors import ConfigError
-from offline.config import RECIPES, DictionaryConfig, DiscoverConfig, recipe_settings
+from offline.config import RECIPES, DictionaryConfig, DiscoverConfig, WhiteningConfig, recipe_settings
 from offline.curvature import Eigenfactors, kronecker_eigenvalues
 from offline.dictionary import learn_dictionary
 from offline.pipeline import Run
 from offline.progress import Progress
 from offline.rows import RowStore
+from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
 
@@ -48,7 +49,7 @@ def test_the_paper_recipe_runs_to_its_atoms(tiny_config: Callable[..., DiscoverC
     assert {basis.epsilon for basis in projection.bases.values()} == {1e-6}
     assert "eigenvalues" not in run.progress.costs, "the paper's eigenvalues need no second pass"
     store = run.rows(projection)
-    assert torch.equal(store.mean, torch.zeros(projection.dim))
+    assert torch.equal(store.whitening.mean, torch.zeros(projection.dim)) and not len(store.whitening.factors)
     raw = load_file(store.shards[0])
     assert torch.allclose(
         store.rows(raw["document"].tolist()), torch.nn.functional.normalize(raw["row"], dim=1), atol=1e-6
@@ -63,6 +64,7 @@ def test_our_learner_reaches_an_objective_no_higher_than_scikit_learn(
     tiny_package, tiny_config: Callable[..., DiscoverConfig]
 ) -> None:
     store = RowStore(tiny_package.path.with_name("package.work") / "rows")
+    store = dataclasses.replace(store, fitted=fit_whitening(store, WhiteningConfig()))
     documents = range(len(store))
     for nonnegative in (True, False):
         config = DictionaryConfig(atoms=6, alpha=0.1, nonnegative=nonnegative, iterations=40)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from atoms.manifest import Coherence
+from atoms.projection import RowWhitening
 from atoms.storage import write_tensors
 from offline.config import SelectConfig
 from offline.corpus import Document
@@ -73,7 +74,7 @@ def grouped(tmp_path: Path) -> tuple[RowStore, torch.Tensor]:
     codes[:10, 0] = torch.linspace(1, 0.1, 10)
     codes[20:60:4, 1] = 0.5
     codes[33, 2] = 1.0
-    return RowStore(tmp_path), codes
+    return RowStore(tmp_path, RowWhitening.centring(rows.mean(0))), codes
 
 
 def test_a_coherent_group_stands_out_and_a_random_one_does_not(grouped: tuple[RowStore, torch.Tensor]) -> None:

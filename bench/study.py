@@ -1,0 +1,298 @@
+"""What makes atoms good: one change at a time, on the same gradients, judged by the same scorer.
+
+    python -m bench.study_gradients --model DIR --adapter DIR --data FILE.jsonl --work DIR [--limit N]   # once: the gradients
+    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--only NAME,…] [--seeds 2] [--json FILE]
+
+Scorer, for every setting and every other way of grouping documents: the top 20 documents of an atom (at least 8), raw
+coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed. Shown are the distinct atoms of raw coherence
+above 0.1; how many task types have an atom with at least 80% and 60% of one type among its top documents; the same for the
+half of the types on which settings may be chosen ("chosen on"); and the share of the kept atoms found again (|cos| > 0.8) in
+both of two random halves of the documents. Means over seeds. Task labels (`task` of each line) are read here only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atoms.projection import MatrixBasis
+from atoms.space import natural_key
+from atoms.storage import write_tensors
+from bench.study_gradients import read_factors
+from offline.config import RECIPES, CurvatureConfig, DictionaryConfig, WhiteningConfig
+from offline.corpus import read_corpus
+from offline.curvature import kronecker_eigenvalues
+from offline.dictionary import default_atoms, encode, learn_dictionary
+from offline.progress import Progress
+from offline.rows import RowStore, shard_path
+from offline.select import coherence, stability
+from offline.whitening import fit_whitening
+
+QUIET = Progress(quiet=True)
+COHERENT, DUPLICATE, MATCHED, TOP, FEWEST = 0.1, 0.8, 0.8, 20, 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way through the pipeline. `matrices`: part of the keys that are used. `total`: components kept over all matrices by
+    λ, in place of as many a matrix. `empirical`: λ from the documents' real labels."""
+
+    curvature: dict[str, Any] = field(default_factory=dict)
+    whitening: dict[str, Any] = field(default_factory=dict)
+    dictionary: dict[str, Any] = field(default_factory=dict)
+    matrices: str = ""
+    total: bool = False
+    empirical: bool = False
+
+
+def settings(documents: int) -> dict[str, Setting]:
+    """The default, the published recipe, and one change at a time."""
+    atoms = default_atoms(documents)
+    paper = RECIPES["paper"]
+    return {
+        "default": Setting(),
+        "paper": Setting(paper["curvature"], paper["whitening"], paper["dictionary"]),
+        "paper, our learner": Setting(paper["curvature"], paper["whitening"], {"nonnegative": False}),
+        "λ of the factors (K-FAC)": Setting({"eigenvalues": "kronecker"}),
+        "λ of real labels": Setting(empirical=True),
+        **{f"damping {d}": Setting({"damping": d}) for d in (0.001, 0.01, 1.0, 10.0)},
+        **{f"{k} components a matrix": Setting({"components": k}) for k in (10, 25, 100)},
+        "components chosen globally": Setting(total=True),
+        "mean kept": Setting(whitening={"centred": False}),
+        "rows not whitened": Setting(whitening={"ridge": 0.0}),
+        **{f"ridge {r}": Setting(whitening={"ridge": r}) for r in (0.001, 0.003, 0.03, 0.1)},
+        "A matrices": Setting(matrices="lora_A"),
+        "B matrices": Setting(matrices="lora_B"),
+        "queries": Setting(matrices="q_proj"),
+        "values": Setting(matrices="v_proj"),
+        **{f"K = {round(atoms * f)}": Setting(dictionary={"atoms": round(atoms * f)}) for f in (0.5, 1.5, 2.5)},
+        **{f"α = {a}": Setting(dictionary={"alpha": a}) for a in (0.06, 0.08, 0.12, 0.15)},
+        "signed codes": Setting(dictionary={"nonnegative": False}),
+    }
+
+
+class Gradients:
+    """Whole gradients of the first `limit` documents, shard by shard, with what the curvature needs."""
+
+    def __init__(self, work: Path, limit: int | None) -> None:
+        self.work, self.shards, self.count = work, [], 0
+        for path in sorted(work.glob("gradients-*.safetensors")):
+            if limit is None or self.count < limit:
+                self.shards.append(path)
+                with safe_open(path, framework="pt") as file:
+                    self.count += file.get_slice("document").get_shape()[0]
+        with safe_open(work / "factors.safetensors", framework="pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        shapes = {key.removesuffix(".q_out"): (n[0], stored[key.removesuffix("q_out") + "q_in"][0])
+                  for key, n in stored.items() if key.endswith(".q_out")}  # fmt: skip
+        self.keys, self.shapes = sorted(shapes, key=natural_key), shapes
+        self.factors = read_factors(work / "factors.safetensors", self.keys)
+        self.fisher = load_file(work / "eigenvalues.safetensors")
+
+    def parts(self, path: Path) -> Iterator[tuple[str, Tensor]]:
+        """(key, gradients (n, o, i) float32) of one shard, of unit length over all keys."""
+        with safe_open(path, framework="pt") as file:
+            flat, start = file.get_tensor("gradient"), 0
+        for key in self.keys:
+            o, i = self.shapes[key]
+            yield key, flat[:, start : start + o * i].float().view(-1, o, i) / 64
+            start += o * i
+        assert start == flat.shape[1], "the gradients are of another space than the factors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--only", help="names of settings, comma separated")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    gradients = Gradients(options.work, options.limit)
+    documents = read_corpus(options.data, limit=gradients.count).documents
+    lines = options.data.read_text(encoding="utf-8").splitlines()[: gradients.count]
+    tasks = [json.loads(line)["task"] for line in lines]
+    chosen = {
+        name: s for name, s in settings(gradients.count).items() if not options.only or name in options.only.split(",")
+    }
+    print(
+        f"{gradients.count} documents, {len(set(tasks))} task types, {default_atoms(gradients.count)} atoms by default"
+    )
+    print(
+        f"{'':<30}{'K':>5}{'coherent':>9}{'kept':>6}{'≥ 80%':>7}{'≥ 60%':>7}{'chosen on':>11}{'halves':>8}{'codes':>7}"
+    )
+    results = []
+    for name, setting in chosen.items():
+        with tempfile.TemporaryDirectory() as folder:
+            rows = projected(gradients, setting, Path(folder))
+            results.append(show(name, average([judge(rows, setting, tasks, s) for s in range(options.seeds)])))
+            if name == "default" and not options.only:
+                texts = [f"{d.prompt}\n{d.response}" for d in documents]
+                for other, group in others(rows, texts).items():
+                    judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
+                    results.append(show(other, average(judged)))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def projected(gradients: Gradients, setting: Setting, folder: Path) -> RowStore:
+    """Rows of every document under `setting`, as the pipeline would have stored them, and their whitening."""
+    bases = basis(gradients, setting)
+    for number, path in enumerate(gradients.shards):
+        stored = load_file(path)
+        scale = stored["norm"][:, None]
+        rows = torch.cat([bases[key].project(part) for key, part in gradients.parts(path) if key in bases], dim=1)
+        write_tensors(shard_path(folder, number),
+                      {"document": stored["document"], "row": rows * scale, "sketch": stored["sketch"]})  # fmt: skip
+    store = RowStore(folder)
+    return dataclasses.replace(store, fitted=fit_whitening(store, WhiteningConfig(**setting.whitening)))
+
+
+def basis(gradients: Gradients, setting: Setting) -> dict[str, MatrixBasis]:
+    config = CurvatureConfig(**setting.curvature)
+    keys = [key for key in gradients.keys if setting.matrices in key]
+    eigenvalues: dict[str, Tensor] = {key: gradients.fisher[key].double() for key in keys}
+    if config.eigenvalues == "kronecker":
+        eigenvalues = kronecker_eigenvalues({key: gradients.factors[key] for key in keys})
+    if setting.empirical:
+        eigenvalues = empirical_eigenvalues(gradients, keys)
+    counts = dict.fromkeys(keys, config.components)
+    if setting.total:
+        everything = torch.cat([eigenvalues[key].flatten() for key in keys])
+        least = float(everything.topk(min(config.components * len(keys), len(everything))).values[-1])
+        counts = {key: max(1, int((eigenvalues[key] >= least).sum())) for key in keys}
+    return {
+        key: MatrixBasis.of(gradients.factors[key].q_out, gradients.factors[key].q_in, eigenvalues[key], counts[key],
+                            config.damping, relative=not config.absolute_damping)
+        for key in keys
+    }  # fmt: skip
+
+
+def empirical_eigenvalues(gradients: Gradients, keys: Sequence[str]) -> dict[str, Tensor]:
+    """λ from the summed gradients of the real labels of the first shard's documents."""
+    path = gradients.shards[0]
+    stored = load_file(path)
+    summed = (stored["norm"] * stored["tokens"])[:, None, None]
+    found = {}
+    for key, part in gradients.parts(path):
+        if key in keys:
+            rotated = gradients.factors[key].q_out.T @ (part * summed) @ gradients.factors[key].q_in
+            found[key] = rotated.double().square().sum(0) / float(stored["tokens"].sum())
+    return found
+
+
+def judge(store: RowStore, setting: Setting, tasks: Sequence[str], seed: int) -> dict[str, float]:
+    """Learns a dictionary with `seed`, and two of the halves, and rates it."""
+    config = DictionaryConfig(**setting.dictionary)
+    config = dataclasses.replace(config, atoms=config.atoms or default_atoms(len(store)))
+    everyone = list(range(len(store)))
+    learned = learn_dictionary(store, everyone, config, seed, QUIET)
+    _, codes = encode(store, everyone, learned.atoms, config)
+    order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).tolist()
+    found_again = torch.ones(len(learned.atoms), dtype=torch.bool)
+    for half in (order[: len(order) // 2], order[len(order) // 2 :]):
+        found_again &= (
+            stability(learned.atoms, learn_dictionary(store, sorted(half), config, seed, QUIET).atoms) > MATCHED
+        )
+    return rate(learned.atoms, codes.abs(), store, tasks, codes.sign(), found_again)
+
+
+def rate(
+    atoms: Tensor, weights: Tensor, store: RowStore, tasks: Sequence[str], signs: Tensor | None = None,
+    found_again: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """The scorer: atoms (K, D) or centroids, weights (N, K) ≥ 0 by which documents belong to them."""
+    groups = []
+    for atom in range(weights.shape[1]):
+        size = int((weights[:, atom] > 0).sum())
+        if size >= FEWEST:
+            top = weights[:, atom].topk(min(TOP, size)).indices
+            sign = torch.ones(len(top)) if signs is None else signs[top, atom]
+            groups.append((coherence(store.sketches(top.tolist()), sign), atom, top.tolist()))
+    kept: list[tuple[float, int, list[int]]] = []
+    for group in sorted(groups, reverse=True):
+        if not kept or float((atoms[[k[1] for k in kept]] @ atoms[group[1]]).abs().max()) <= DUPLICATE:
+            kept.append(group)
+    best: dict[str, float] = {}
+    for _, _, members in kept:
+        task, count = Counter(tasks[d] for d in members).most_common(1)[0]
+        best[task] = max(best.get(task, 0.0), count / len(members))
+    chosen_on = sorted(set(tasks))[::2]
+    coherent = [k for k in kept if k[0] > COHERENT]
+    matched = 0.0
+    if found_again is not None and coherent:
+        matched = float(found_again[[k[1] for k in coherent]].float().mean())
+    return {"K": len(atoms), "coherent": len(coherent), "kept": len(kept),
+            "types_80": sum(p >= 0.8 for p in best.values()), "types_60": sum(p >= 0.6 for p in best.values()),
+            "chosen_80": sum(best.get(t, 0) >= 0.8 for t in chosen_on),
+            "chosen_60": sum(best.get(t, 0) >= 0.6 for t in chosen_on),
+            "halves": matched, "codes": float((weights > 0).float().sum(1).mean())}  # fmt: skip
+
+
+Grouping = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def others(store: RowStore, texts: Sequence[str]) -> dict[str, Grouping]:
+    """Other ways to group the same documents: (directions (K, D), weights (N, K)) for a seed."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    rows = store.rows(range(len(store)))
+    plain = torch.nn.functional.normalize(store.uncentred(range(len(store))) - store.whitening.mean, dim=1)
+    count = default_atoms(len(store))
+
+    def k_means(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Spherical in effect: the points have unit length. A document belongs to its cluster by its cosine to the centroid."""
+        model = KMeans(count, n_init=3, random_state=seed).fit(points.numpy())
+        centroids = torch.nn.functional.normalize(torch.from_numpy(model.cluster_centers_).float(), dim=1)
+        member = torch.nn.functional.one_hot(torch.from_numpy(model.labels_).long(), count)
+        return centroids, (points @ centroids.T).clamp_min(1e-6) * member
+
+    def components(points: Tensor, _seed: int) -> tuple[Tensor, Tensor]:
+        """Each principal component is two groups, one for each sign."""
+        directions = torch.linalg.svd(points, full_matrices=False).Vh[: count // 2]
+        scores = points @ directions.T
+        far = torch.cat([scores.clamp_min(0), (-scores).clamp_min(0)], dim=1)
+        return torch.cat([directions, -directions]), far
+
+    def text(seed: int) -> tuple[Tensor, Tensor]:
+        words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
+        points = torch.from_numpy(TruncatedSVD(100, random_state=seed).fit_transform(words)).float()
+        return k_means(torch.nn.functional.normalize(points, dim=1), seed)
+
+    return {
+        "spherical k-means, our rows": lambda seed: k_means(rows, seed),
+        "spherical k-means, plain rows": lambda seed: k_means(plain, seed),
+        "principal components, our rows": lambda seed: components(rows, seed),
+        "principal components, plain": lambda seed: components(plain, seed),
+        "clusters of the text (LSA)": text,
+    }
+
+
+def average(judged: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(one[key] for one in judged) / len(judged) for key in judged[0]}
+
+
+def show(name: str, row: dict[str, float]) -> dict[str, Any]:
+    chosen = f"{row['chosen_80']:.1f}/{row['chosen_60']:.1f}"
+    print(f"{name:<30}{row['K']:>5.0f}{row['coherent']:>9.1f}{row['kept']:>6.1f}{row['types_80']:>7.1f}{row['types_60']:>7.1f}"
+          f"{chosen:>11}{row['halves']:>8.0%}{row['codes']:>7.1f}", flush=True)  # fmt: skip
+    return {"setting": name, **row}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Keeps the whole LoRA gradients of documents, so that a study can change everything behind them without another pass.
+
+    python -m bench.study_gradients --model DIR --adapter DIR --data FILE.jsonl --work DIR [--limit N]
+
+One forward and backward pass; writes shards of unit gradients in half precision (documents × parameters: 0.9 MB a document at
+rank 8 on q and v of SmolLM2-135M), their lengths and sketches, and, from labels sampled from the model, the eigenvectors and
+the Fisher in them. Discovery itself never keeps whole gradients (offline/rows.py). Resumable; bench/study.py reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from atoms.adapter import read_adapter
+from atoms.model import load_model
+from atoms.space import LoRASpace
+from atoms.storage import write_tensors
+from offline.corpus import collate, encode_corpus, plan_batches, read_corpus, sample_documents
+from offline.curvature import Eigenfactors, fit_eigenvalues, fit_factors
+from offline.gradients import gradient_hooks, label_logits, mean_losses
+from offline.models import frozen_lora
+from offline.progress import Progress
+from offline.rows import Sketcher
+
+SEED = 0
+BLOCK = 250
+"""Documents a shard."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--factor-documents", type=int, default=96)
+    parser.add_argument("--eigenvalue-documents", type=int, default=192)
+    options = parser.parse_args()
+    progress = Progress()
+    base, tokenizer = load_model(options.model, torch.float32, torch.device("cpu"), None)
+    space = read_adapter(options.adapter).space
+    documents = encode_corpus(read_corpus(options.data, limit=options.limit), tokenizer, options.max_length).documents
+    model = frozen_lora(base, options.adapter, space)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "eigenvalues.safetensors").exists():
+        keep_curvature(model, space, documents, options, progress)
+    keep_gradients(model, space, documents, options, progress)
+
+
+def keep_curvature(model, space: LoRASpace, documents, options: argparse.Namespace, progress: Progress) -> None:
+    """Eigenvectors with the covariances' own eigenvalues, and λ (o, i) a matrix from sampled labels."""
+    tokens, seed, file = options.batch_tokens, SEED + 1, options.work / "factors.safetensors"
+    if not file.exists():
+        sample = sample_documents(documents, options.factor_documents, seed)
+        fitted = fit_factors(model, space, sample, tokens, seed, progress)
+        write_tensors(file, {f"{key}.{name}": v for key, f in fitted.items() for name, v in f._asdict().items()})
+    factors = read_factors(file, [t.key for t in space.tensors])
+    sample = sample_documents(documents, options.eigenvalue_documents, SEED + 2)
+    fisher = fit_eigenvalues(model, space, factors, sample, tokens, seed, progress)
+    write_tensors(options.work / "eigenvalues.safetensors", {key: value.float() for key, value in fisher.items()})
+
+
+def read_factors(file: Path, keys: Sequence[str]) -> dict[str, Eigenfactors]:
+    stored = load_file(file)
+    return {key: Eigenfactors(*(stored[f"{key}.{name}"] for name in Eigenfactors._fields)) for key in keys}
+
+
+def keep_gradients(model, space: LoRASpace, documents, options: argparse.Namespace, progress: Progress) -> None:
+    sink = GradientSink(space)
+    with gradient_hooks(model, space, sink), progress.task("gradients", len(documents), "documents") as bar:
+        for start in range(0, len(documents), BLOCK):  # in corpus order, so that a part is a sample of the whole
+            block = documents[start : start + BLOCK]
+            path = options.work / f"gradients-{start:06d}.safetensors"
+            if not path.exists():
+                parts = [one_batch(model, sink, group) for group in plan_batches(block, options.batch_tokens)]
+                write_tensors(path, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+            bar.advance(len(block))
+
+
+def one_batch(model, sink: GradientSink, group) -> dict[str, Tensor]:
+    batch = collate(group)
+    sink.gradients.clear()
+    losses = mean_losses(label_logits(model, batch), batch)
+    losses.sum().backward()
+    flat = torch.cat([sink.gradients[t.key].flatten(1) for t in sink.space.tensors], dim=1)  # (b, d)
+    norms = flat.norm(dim=1).clamp_min(1e-20)
+    sketches = torch.cat([sink.sketchers[t.key](sink.gradients[t.key]) for t in sink.space.tensors], dim=1)
+    return {
+        "document": torch.tensor([document.row for document in group]),
+        "tokens": torch.tensor([len(document.response_ids) for document in group]),
+        "gradient": (
+            flat / norms[:, None] * 64
+        ).half(),  # unit length; times 64 keeps small entries out of the subnormals
+        "sketch": (sketches / norms[:, None]).half(),
+        "norm": norms,
+        "loss": losses.detach(),
+    }
+
+
+class GradientSink:
+    """Keeps the gradients (b, o, i) of one batch, by key."""
+
+    def __init__(self, space: LoRASpace) -> None:
+        self.space = space
+        self.sketchers = {t.key: Sketcher(t.shape, t.key) for t in space.tensors}
+        self.gradients: dict[str, Tensor] = {}
+
+    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
+        self.gradients[key] = torch.einsum("bto,bti->boi", delta, x)
+
+
+if __name__ == "__main__":
+    main()
