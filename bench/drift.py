@@ -1,11 +1,11 @@
 """Predicted against measured KL of random signed mixes, on prompts that the calibration never saw.
 
-    python bench/drift.py --package demo/package [--mixes 200] [--json FILE]
+    python -m bench.drift --package demo/package [--mixes 200] [--json FILE] [--plot FILE.png]
 
-Mixes have 1-8 atoms within their tested ranges, random signs and proportions, scaled so that ½ cᵀMc lies log-uniformly in
-0.02 … 0.5 nats a token. KL(unsteered ‖ mix) is measured on sampled continuations of the last neutral prompts, in both
-compositions. A prediction counts as good within a factor of 1.5. With --matrix-prompts N, M is measured again on the first
-N neutral prompts: how many does a calibration need?
+Mixes have 1-8 atoms within their tested ranges, random signs and proportions, scaled so that ½ cᵀMc lies log-uniformly
+in 0.02 … 0.5 nats a token. KL(unsteered ‖ mix) is measured on sampled continuations of the last neutral prompts, in
+both compositions (--compositions). A prediction counts as good within a factor of 1.5. With --matrix-prompts N, M is
+measured again on the first N neutral prompts: how many does a calibration need?
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ def main() -> None:
     parser.add_argument("--matrix-prompts", type=int, help="neutral prompts for a new M, from the start of the set")
     parser.add_argument("--tokens", type=int, default=24, help="tokens continued from each")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--compositions", nargs="+", choices=COMPOSITIONS, default=COMPOSITIONS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="a scatter of predicted and measured (needs matplotlib)")
     options = parser.parse_args()
     package = Package.read(options.package)
     rows = list(measure(package, options, Progress()))
-    for composition in COMPOSITIONS:
+    for composition in options.compositions:
         print(f"{composition:<10}{summary(rows, composition)}")
+    if options.plot:
+        scatter(rows, options.compositions[0], options.plot)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -66,7 +70,7 @@ def measure(package: Package, options: argparse.Namespace, progress: Progress) -
     with progress.task("drift of mixes", options.mixes, "mixes") as bar:
         for mix in random_mixes(package, drift, options.mixes, options.seed):
             row = {"atoms": mix.as_dict(), "predicted": mix.predicted_kl(drift, package.index)}
-            for composition in COMPOSITIONS:
+            for composition in options.compositions:
                 row[composition] = meter.kl_of(package.bank.compose(mix, composition))
             yield row
             bar.advance()
@@ -120,6 +124,26 @@ def summary(rows: list[dict], composition: str) -> str:
     good = float(((ratios < FACTOR) & (ratios > 1 / FACTOR)).double().mean())
     low, middle, high = torch.quantile(ratios, ratios.new_tensor([0.05, 0.5, 0.95])).tolist()
     return f"{good:.0%} of {len(rows)} within {FACTOR}; measured / predicted 5%, 50%, 95%: {low:.2f}, {middle:.2f}, {high:.2f}"
+
+
+def scatter(rows: list[dict], composition: str, path: Path) -> None:
+    """Measured against predicted KL on logarithmic axes, with the band of a factor of 1.5; one colour a number of atoms."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axes = figure.subplots()
+    ends = (NATS[0] / 2, NATS[1] * 2)
+    axes.fill_between(
+        ends, [e / FACTOR for e in ends], [e * FACTOR for e in ends], color="0.9", label=f"within {FACTOR}"
+    )
+    axes.plot(ends, ends, color="0.5", linewidth=1)
+    points = axes.scatter([row["predicted"] for row in rows], [row[composition] for row in rows], s=14, cmap="viridis",
+                          c=[len(row["atoms"]) for row in rows])  # fmt: skip
+    figure.colorbar(points, label="atoms in the mix")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="predicted KL, nats a token",
+             ylabel="measured KL, nats a token", title=f"{len(rows)} random mixes, composition {composition!r}")  # fmt: skip
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class WhiteningConfig:
 
 @dataclass(frozen=True, slots=True)
 class DictionaryConfig:
-    """Sparse dictionary learning. `atoms` None chooses one atom per 10 documents, within 8 … 500.
+    """Sparse dictionary learning. `atoms` None chooses one atom per 16 documents, within 8 … 500.
 
     `learner`: our own, or scikit-learn's MiniBatchDictionaryLearning as a baseline, which holds all rows in memory.
     """
@@ -101,13 +101,14 @@ class DictionaryConfig:
 class SelectConfig:
     """Which dictionary atoms go on to calibration: supported, coherent against chance, stable across seeds, distinct.
 
-    Best raw coherence first. `sign_aligned`: a document with a negative code counts with its gradient reversed.
+    Best raw coherence first. Of two atoms whose gradients have a cosine above `max_cosine` the better is kept.
+    `sign_aligned`: a document with a negative code counts with its gradient reversed.
     """
 
     keep: int = 24
     min_documents: int = 6
     min_z: float = 3.0
-    max_cosine: float = 0.8
+    max_cosine: float = 0.5
     min_stability: float = 0.5
     top_documents: int = 20
     sign_aligned: bool = True

@@ -23,6 +23,7 @@ from offline.config import CurvatureConfig
 from offline.corpus import Batch, EncodedDocument, collate, plan_batches
 from offline.gradients import Sink, gradient_hooks, label_logits, sum_losses
 from offline.progress import Progress
+from offline.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,14 +45,18 @@ def fit_factors(
     batch_tokens: int,
     seed: int,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Eigenfactors]:
-    """The eigendecomposition of every matrix's covariances, in float64."""
+    """The eigendecomposition of every matrix's covariances, in float64; on the first rank alone, nothing on the others."""
     sink = CovarianceSink(space)
-    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "factors", before=sink.start)
+    sampled_pass(
+        model, space, documents, batch_tokens, seed, sink, progress.task, "factors", before=sink.start, ranks=ranks
+    )
+    ranks.add(sink.tokens, *sink.out.values(), *sink.inp.values())
     factors = {}
-    for tensor in space.tensors:
-        out_values, q_out = _eigh(sink.out[tensor.key] / sink.tokens)
-        in_values, q_in = _eigh(sink.inp[tensor.key] / sink.tokens)
+    for tensor in space.tensors if ranks.first else ():
+        out_values, q_out = _eigh(sink.out.pop(tensor.key) / sink.tokens)
+        in_values, q_in = _eigh(sink.inp.pop(tensor.key) / sink.tokens)
         factors[tensor.key] = Eigenfactors(q_out, q_in, out_values, in_values)
     return factors
 
@@ -69,10 +74,12 @@ def fit_eigenvalues(
     batch_tokens: int,
     seed: int,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """λ (o, i) float64 of every matrix, in nats a token per squared unit of parameter."""
     sink = EigenvalueSink(factors)
-    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "eigenvalues")
+    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "eigenvalues", ranks=ranks)
+    ranks.add(*sink.squares.values())
     tokens = sum(len(document.response_ids) for document in documents)
     return {key: total / tokens for key, total in sink.squares.items()}
 
@@ -88,11 +95,14 @@ def fit_projection(
     })  # fmt: skip
 
 
-def sampled_pass(model, space, documents, batch_tokens, seed, sink: Sink, task, name: str, before=None) -> None:
-    """One backward pass a batch of the summed cross-entropy of sampled labels; `sink` sees every matrix."""
-    device = model.device
-    with gradient_hooks(model, space, sink), task(name, len(documents), "documents") as bar:
-        for group in plan_batches(documents, batch_tokens):
+def sampled_pass(
+    model, space, documents, batch_tokens, seed, sink: Sink, task, name: str, before=None, ranks: Ranks = ALONE
+) -> None:
+    """One backward pass a batch, of this rank's share, of the summed cross-entropy of sampled labels; `sink` sees every
+    matrix."""
+    device, groups = model.device, ranks.share(plan_batches(documents, batch_tokens))
+    with gradient_hooks(model, space, sink), task(name, sum(map(len, groups)), "documents") as bar:
+        for group in groups:
             batch = collate(group).to(device)
             if before:
                 before(batch)
@@ -120,12 +130,12 @@ class CovarianceSink:
         self.out = {t.key: torch.zeros(t.shape[0], t.shape[0], dtype=torch.float64) for t in space.tensors}
         self.inp = {t.key: torch.zeros(t.shape[1], t.shape[1], dtype=torch.float64) for t in space.tensors}
         self._mask: Tensor | None = None
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.int64)
 
     def start(self, batch: Batch) -> None:
         """Tells the sink which positions of the next backward pass are real tokens."""
         self._mask = batch.attention_mask.bool()
-        self.tokens += int(self._mask.sum())
+        self.tokens += batch.attention_mask.sum().cpu()
 
     def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
         tokens, gradients = x[self._mask], delta[self._mask]  # (tokens, i), (tokens, o)

@@ -16,6 +16,7 @@ from atoms.errors import ConfigError
 from atoms.projection import SparseCoder, duality_gap, objective, sparse_codes
 from offline.config import DictionaryConfig
 from offline.progress import Progress
+from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore
 
 _TOLERANCE = 1e-4
@@ -34,19 +35,28 @@ class Dictionary:
 
 @dataclass
 class _Statistics:
-    """Sums over rows: AᵀA, AᵀX, objective, duality gap; and the worst-explained rows, candidates to revive atoms."""
+    """Sums over rows: AᵀA (K, K), AᵀX (K, D), and (objective, duality gap, rows) in float64; and the K worst-explained rows
+    as (objective, document) in float64, candidates to revive atoms."""
 
     gram: Tensor
     cross: Tensor
-    objective: float = 0.0
-    gap: float = 0.0
-    count: int = 0
-    worst: list[tuple[float, int]] | None = None
+    sums: Tensor
+    worst: Tensor
+
+    @property
+    def objective(self) -> float:
+        """Mean over rows."""
+        return float(self.sums[0] / self.sums[2])
+
+    @property
+    def gap(self) -> float:
+        """Mean over rows."""
+        return float(self.sums[1] / self.sums[2])
 
 
 def default_atoms(documents: int) -> int:
-    """One atom per 10 documents, within 8 … 500: far more than there are behaviours splinters them."""
-    return max(8, min(500, documents // 10))
+    """One atom per 16 documents, within 8 … 500: far more than there are behaviours splinters them."""
+    return max(8, min(500, documents // 16))
 
 
 def learn_dictionary(
@@ -56,8 +66,12 @@ def learn_dictionary(
     seed: int,
     progress: Progress,
     name: str = "dictionary",
+    ranks: Ranks = ALONE,
 ) -> Dictionary:
-    """Learns from the rows of `documents`; deterministic for a seed. Stops early when the objective settles."""
+    """Learns from the rows of `documents`; deterministic for a seed. Stops early when the objective settles.
+
+    Ranks add up their statistics and then make the same update each. scikit-learn has none to add: every rank fits it all.
+    """
     if config.learner == "scikit-learn":
         return learn_with_scikit(store, documents, config, seed, progress, name)
     count = min(config.atoms or default_atoms(len(documents)), len(documents))
@@ -67,8 +81,8 @@ def learn_dictionary(
     objectives: list[float] = []
     with progress.task(name, config.iterations, "iterations") as bar:
         for iteration in range(config.iterations):
-            statistics = _accumulate(store, documents, atoms, config)
-            objectives.append(statistics.objective / statistics.count)
+            statistics = _accumulate(store, documents, atoms, config, ranks)
+            objectives.append(statistics.objective)
             settled = len(objectives) > 5 and objectives[-2] - objectives[-1] < _TOLERANCE * objectives[-1]
             reviving = iteration < _REVIVE_UNTIL * config.iterations
             bar.advance(1, f"objective {objectives[-1]:.4f}")
@@ -78,7 +92,7 @@ def learn_dictionary(
             atoms = update_atoms(atoms, statistics.gram, statistics.cross)
             if reviving:
                 atoms = _revive(atoms, statistics, store)
-    return Dictionary(atoms, tuple(objectives), statistics.gap / statistics.count)
+    return Dictionary(atoms, tuple(objectives), statistics.gap)
 
 
 def learn_with_scikit(
@@ -132,21 +146,29 @@ def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     return atoms
 
 
-def _accumulate(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> _Statistics:
+def _accumulate(
+    store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig, ranks: Ranks
+) -> _Statistics:
     count, dim = atoms.shape
-    total = _Statistics(torch.zeros(count, count), torch.zeros(count, dim), worst=[])
+    total = _Statistics(torch.zeros(count, count), torch.zeros(count, dim), torch.zeros(3, dtype=torch.float64),
+                        torch.tensor([[-torch.inf, -1.0]] * count, dtype=torch.float64))  # fmt: skip
     coder = SparseCoder(atoms)
-    for numbers, rows in store.blocks(documents):
+    for numbers, rows in store.blocks(documents, ranks):
         codes = coder.codes(rows, config.alpha, nonnegative=config.nonnegative)
-        losses = objective(rows, codes, atoms, config.alpha)
+        losses = objective(rows, codes, atoms, config.alpha).double()
+        gaps = duality_gap(rows, codes, atoms, config.alpha, nonnegative=config.nonnegative).double()
         total.gram += codes.T @ codes
         total.cross += codes.T @ rows
-        total.objective += float(losses.double().sum())
-        total.gap += float(duality_gap(rows, codes, atoms, config.alpha, nonnegative=config.nonnegative).double().sum())
-        total.count += len(rows)
-        candidates = [*(total.worst or []), *zip(losses.tolist(), numbers.tolist(), strict=True)]
-        total.worst = sorted(candidates, reverse=True)[:count]
+        total.sums += torch.stack([losses.sum(), gaps.sum(), torch.tensor(float(len(rows)), dtype=torch.float64)])
+        total.worst = _largest(torch.cat([total.worst, torch.stack([losses, numbers.double()], 1)]), count)
+    ranks.add(total.gram, total.cross, total.sums)
+    total.worst = _largest(ranks.gather(total.worst), count)
     return total
+
+
+def _largest(candidates: Tensor, count: int) -> Tensor:
+    """The `count` rows (objective, document) of largest objective, largest first."""
+    return candidates[torch.argsort(candidates[:, 0], descending=True, stable=True)[:count]]
 
 
 def _revive(atoms: Tensor, statistics: _Statistics, store: RowStore) -> Tensor:
@@ -154,7 +176,7 @@ def _revive(atoms: Tensor, statistics: _Statistics, store: RowStore) -> Tensor:
     dead = (statistics.gram.diagonal() <= 0).nonzero().flatten().tolist()
     if not dead:
         return atoms
-    replacements = [document for _, document in statistics.worst or []][: len(dead)]
+    replacements = [document for document in statistics.worst[: len(dead), 1].long().tolist() if document >= 0]
     atoms = atoms.clone()
     atoms[dead[: len(replacements)]] = _unit(store.rows(replacements))
     return atoms

@@ -23,6 +23,7 @@ from offline.corpus import EncodedDocument, collate, plan_batches
 from offline.gradients import label_logits, lora_linear, mean_losses
 from offline.models import adapter_of, new_lora
 from offline.progress import Progress
+from offline.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,13 +38,18 @@ def finetune(
     seed: int,
     checkpoint: Path,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[Adapter, list[float]]:
-    """Trains a LoRA; returns it and the mean loss of every step (nats a token). Resumes from `checkpoint` if it exists."""
+    """Trains a LoRA; returns it and the mean loss of every step (nats a token). Resumes from `checkpoint` if it exists.
+
+    Ranks share the documents of every step and add up their gradients; the first keeps the checkpoint.
+    """
     peft_model, space = new_lora(model, config, seed)
     parameters = {tensor.key: lora_linear(peft_model, tensor.key).weight for tensor in space.tensors}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=0.0)
     batches = plan_steps(documents, config, seed)
     losses = _restore(checkpoint, parameters, optimizer)
+    ranks.wait()  # before the first rank writes another checkpoint
     device = next(iter(parameters.values())).device
     with progress.task(
         "fine-tune", sum(map(len, batches)), "documents", done=sum(map(len, batches[: len(losses)]))
@@ -51,9 +57,9 @@ def finetune(
         for step in range(len(losses), len(batches)):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(step, len(batches), config.warmup)
-            losses.append(_train_step(peft_model, batches[step], optimizer, batch_tokens, device))
+            losses.append(_train_step(peft_model, batches[step], optimizer, batch_tokens, device, ranks))
             task.advance(len(batches[step]), f"loss {losses[-1]:.3f}")
-            if (step + 1) % config.checkpoint_every == 0:
+            if ranks.first and (step + 1) % config.checkpoint_every == 0:
                 _save(checkpoint, parameters, optimizer, losses)
     adapter = adapter_of(peft_model, space, config)
     peft_model.unload()  # takes the LoRA layers off again: the base model is as it was
@@ -95,18 +101,22 @@ def _train_step(
     optimizer: torch.optim.Optimizer,
     batch_tokens: int,
     device: torch.device,
+    ranks: Ranks,
 ) -> float:
-    """One update on the mean loss of `documents`, accumulated over batches that fit `batch_tokens`."""
-    optimizer.zero_grad(set_to_none=True)
-    total = 0.0
-    for group in plan_batches(documents, batch_tokens):
+    """One update on the mean loss of `documents`, accumulated over batches that fit `batch_tokens`, and over ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)  # what a rank without a document has to add
+    total = torch.zeros((), dtype=torch.float64)
+    for group in plan_batches(ranks.share(sorted(documents, key=len)), batch_tokens):
         batch = collate(group).to(device)
         loss = mean_losses(label_logits(model, batch), batch).sum() / len(documents)
         loss.backward()
         total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    ranks.add(total, *(p.grad for p in parameters))
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    return total
+    return float(total)
 
 
 def _save(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

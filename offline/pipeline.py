@@ -6,12 +6,14 @@
 
 Every stage keeps its results in a folder of the working directory and is skipped, or continued where it stopped, when
 nothing that it depends on has changed. Killing a run loses at most the current batch or checkpoint interval.
+
+Up to the dictionary, ranks share the documents (offline/ranks.py). What the first alone makes, the others read from its file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +49,7 @@ from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
 from offline.models import frozen_lora
 from offline.progress import Progress
+from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
 from offline.select import Candidate, Sparsity, candidates, keywords, select, stability
 from offline.whitening import fit_whitening
@@ -56,16 +59,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def discover(config: DiscoverConfig, progress: Progress) -> Package:
-    """Runs every stage and writes the package at `config.out`. Raises AtomsteerError with value, limit and remedy."""
-    run = Run(config, progress)
+def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -> Package:
+    """Runs every stage and writes the package at `config.out`. Raises AtomsteerError with value, limit and remedy.
+
+    Every rank calls it with the same configuration, and returns when the package is there.
+    """
+    run = Run(config, progress, ranks)
     adapter = run.adapter()
     projection = run.projection(adapter)
     store = run.rows(projection)
     dictionary = run.dictionary(store)
-    chosen = run.select(store, dictionary)
-    atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen)
-    return run.package(adapter, projection, store, dictionary, chosen.sparsity, atoms, drift)
+    if ranks.first:  # what is left is measured on a few prompts, while the others wait
+        run.workspace.ranks = ALONE
+        chosen = run.select(store, dictionary)
+        atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen)
+        run.package(adapter, projection, store, dictionary, chosen.sparsity, atoms, drift)
+    ranks.wait()
+    return Package.read(config.out)
 
 
 @dataclass(frozen=True)
@@ -80,14 +90,14 @@ class Selection:
 class Run:
     """One discovery run: the model and documents, loaded when first needed, and the stages as methods, in order."""
 
-    def __init__(self, config: DiscoverConfig, progress: Progress) -> None:
+    def __init__(self, config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -> None:
         if config.out.exists() and not config.force:
             raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
-        self.config, self.progress = config, progress
+        self.config, self.progress, self.ranks = config, progress, ranks
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(self.device, config.dtype)
         self.corpus = read_corpus(config.data, skip_bad_lines=config.skip_bad_lines, limit=config.limit)
-        self.workspace = Workspace(config.work_dir)
+        self.workspace = Workspace(config.work_dir, ranks)
         self.encoded = encode_corpus(self.corpus, self.tokenizer, config.max_length)
         self.training, self.held_out = split_held_out(
             len(self.corpus.documents), config.dictionary.held_out, config.seed
@@ -123,12 +133,14 @@ class Run:
             device=self.device.type, adapter=inputs,
         )  # fmt: skip
         self.adapter_dir = folder / "theta0"
-        if not self.adapter_dir.exists():
+        if self._missing(self.adapter_dir):
             adapter = read_adapter(given) if given else self._finetune(folder)
             if given:
                 refuse_zero_b(adapter, given)
-            with new_directory(self.adapter_dir) as temporary:
-                write_adapter(temporary, adapter_delta(adapter), adapter.targets, config.model)
+            if self.ranks.first:
+                with new_directory(self.adapter_dir) as temporary:
+                    write_adapter(temporary, adapter_delta(adapter), adapter.targets, config.model)
+            self.ranks.wait()
         return read_adapter(self.adapter_dir)
 
     def projection(self, adapter: Adapter) -> Projection:
@@ -138,15 +150,16 @@ class Run:
             "curvature", **dataclasses.asdict(config.curvature), batch_tokens=config.batch_tokens
         )
         file, factors_file = folder / "projection.safetensors", folder / "factors.safetensors"
-        if not file.exists():
+        if self._missing(file):
             with_factors = self._sample(config.curvature.factor_documents, 1)
             with_eigenvalues = self._sample(config.curvature.eigenvalue_documents, 2)
-            model, label_seed = self._peft(adapter), config.seed + 1
-            if not factors_file.exists():
-                factors = fit_factors(model, space, with_factors, config.batch_tokens, label_seed, self.progress)
-                write_tensors(
+            model, label_seed, limit = self._peft(adapter), config.seed + 1, config.batch_tokens
+            if self._missing(factors_file):
+                factors = fit_factors(model, space, with_factors, limit, label_seed, self.progress, self.ranks)
+                self._write(
                     factors_file, {f"{k}.{name}": v for k, f in factors.items() for name, v in f._asdict().items()}
                 )
+                del factors
             stored = load_file(factors_file)
             factors = {
                 t.key: Eigenfactors(*(stored[f"{t.key}.{name}"] for name in Eigenfactors._fields))
@@ -156,25 +169,26 @@ class Run:
                 eigenvalues = kronecker_eigenvalues(factors)
             else:
                 eigenvalues = fit_eigenvalues(
-                    model, space, factors, with_eigenvalues, config.batch_tokens, label_seed, self.progress
+                    model, space, factors, with_eigenvalues, limit, label_seed, self.progress, self.ranks
                 )
-            write_tensors(file, fit_projection(space, factors, eigenvalues, config.curvature).to_tensors())
-            factors_file.unlink()
+            self._write(file, fit_projection(space, factors, eigenvalues, config.curvature).to_tensors())
+            if self.ranks.first:
+                factors_file.unlink()
         return Projection.from_tensors(space, load_file(file))
 
     def rows(self, projection: Projection) -> RowStore:
         """One row and one sketch a document, from one forward and backward pass over the corpus; then their whitening."""
         folder = self.workspace.open("rows")
         store = RowStore(folder)
-        if not (folder / "complete.json").exists():
-            model = self._peft(read_adapter(self.adapter_dir))
-            write_rows(model, projection, self.encoded.documents, self.config.batch_tokens, folder, self.progress)
-            write_json(
-                folder / "complete.json", {"documents": len(self.encoded.documents), "components": projection.dim}
-            )
+        if self._missing(folder / "complete.json"):
+            model, documents = self._peft(read_adapter(self.adapter_dir)), self.encoded.documents
+            write_rows(model, projection, documents, self.config.batch_tokens, folder, self.progress, self.ranks)
+            self.ranks.wait()
+            if self.ranks.first:
+                write_json(folder / "complete.json", {"documents": len(documents), "components": projection.dim})
         file = self.workspace.open("whitening", **dataclasses.asdict(self.config.whitening)) / "whitening.safetensors"
-        if not file.exists():
-            write_tensors(file, fit_whitening(store, self.config.whitening).to_tensors())
+        if self._missing(file):
+            self._write(file, fit_whitening(store, self.config.whitening, self.ranks).to_tensors())
         return dataclasses.replace(store, fitted=RowWhitening.from_tensors(load_file(file)))
 
     def dictionary(self, store: RowStore) -> tuple[Dictionary, Tensor]:
@@ -182,14 +196,16 @@ class Run:
         config = self.config
         folder = self.workspace.open("dictionary", **dataclasses.asdict(config.dictionary), seed=config.seed)
         file = folder / "dictionary.safetensors"
-        if not file.exists():
-            first = learn_dictionary(store, self.training, config.dictionary, config.seed, self.progress)
-            second = learn_dictionary(
-                store, self.training, config.dictionary, config.seed + 1, self.progress, "second seed"
+        if self._missing(file):
+            first, second = (
+                learn_dictionary(
+                    store, self.training, config.dictionary, config.seed + n, self.progress, name, self.ranks
+                )
+                for n, name in enumerate(("dictionary", "second seed"))
             )
-            write_tensors(file, {"atoms": first.atoms, "second": second.atoms,
-                                 "objectives": torch.tensor(first.objectives, dtype=torch.float64),
-                                 "gap": torch.tensor(first.duality_gap, dtype=torch.float64)})  # fmt: skip
+            self._write(file, {"atoms": first.atoms, "second": second.atoms,
+                               "objectives": torch.tensor(first.objectives, dtype=torch.float64),
+                               "gap": torch.tensor(first.duality_gap, dtype=torch.float64)})  # fmt: skip
         stored = load_file(file)
         return Dictionary(stored["atoms"], tuple(stored["objectives"].tolist()), float(stored["gap"])), stored["second"]
 
@@ -201,7 +217,8 @@ class Run:
         lengths = [len(document.response_ids) for document in self.encoded.documents]
         found = candidates(store, documents, codes, lengths, config.select, config.seed)
         stabilities = stability(dictionary.atoms, second)
-        chosen = select(found, dictionary.atoms, stabilities, config.select)
+        gradients = store.whitening.undo(dictionary.atoms, 0.5)
+        chosen = select(found, gradients, stabilities, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least {config.select.min_documents} documents, "
             f"{len(chosen)} kept (z ≥ {config.select.min_z:g}, |cos| ≤ {config.select.max_cosine:g}, "
@@ -283,13 +300,25 @@ class Run:
             "skipped_lines": self.corpus.skipped,
             "truncated_prompts": self.encoded.truncated,
             "tokens": self.encoded.tokens,
+            "ranks": self.ranks.count,
         }
+
+    def _missing(self, path: Path) -> bool:
+        """Whether a result has still to be made; the same answer on every rank, though they get here at different times."""
+        return self.ranks.agree(not path.exists())
+
+    def _write(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes what every rank, or the first alone, has made; all can read it then."""
+        if self.ranks.first:
+            write_tensors(file, tensors)
+        self.ranks.wait()
 
     def _finetune(self, folder: Path) -> Adapter:
         config = self.config
         adapter, losses = finetune(self.model, self.encoded.documents, config.finetune, config.batch_tokens, config.seed,
-                                   folder / "checkpoint.safetensors", self.progress)  # fmt: skip
-        write_json(folder / "losses.json", losses)
+                                   folder / "checkpoint.safetensors", self.progress, self.ranks)  # fmt: skip
+        if self.ranks.first:
+            write_json(folder / "losses.json", losses)
         return adapter
 
     def _peft(self, adapter: Adapter):

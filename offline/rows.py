@@ -30,6 +30,7 @@ from atoms.storage import write_tensors
 from offline.corpus import EncodedDocument, collate, plan_batches
 from offline.gradients import gradient_hooks, label_logits, mean_losses
 from offline.progress import Progress
+from offline.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -45,15 +46,17 @@ def write_rows(
     batch_tokens: int,
     directory: Path,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """One forward and backward pass a batch over all documents; shards that exist already are kept."""
-    shards = plan_shards(documents, batch_tokens)
-    pending = {n: shard for n, shard in enumerate(shards) if not shard_path(directory, n).exists()}
+    """One forward and backward pass a batch over all documents; shards that exist already are kept. Every rank writes its
+    share of the shards, which hold the same documents whatever the number of ranks."""
+    shards = dict(ranks.share(list(enumerate(plan_shards(documents, batch_tokens)))))
+    pending = {n: shard for n, shard in shards.items() if not shard_path(directory, n).exists()}
     sink = RowSink(projection)
-    done = len(documents) - sum(len(group) for shard in pending.values() for group in shard)
+    total, left = (sum(len(group) for shard in part.values() for group in shard) for part in (shards, pending))
     with (
         gradient_hooks(model, projection.space, sink),
-        progress.task("gradients", len(documents), "documents", done) as bar,
+        progress.task("gradients", total, "documents", total - left) as bar,
     ):
         for number, shard in pending.items():
             parts = []
@@ -132,13 +135,14 @@ class RowStore:
         return sorted(self.directory.glob("rows-*.safetensors"))
 
     @cached_property
-    def _places(self) -> dict[int, tuple[int, int]]:
-        """Document -> (shard, position)."""
-        return {
-            int(document): (n, i)
-            for n, path in enumerate(self.shards)
-            for i, document in enumerate(_load(path, "document"))
-        }
+    def _places(self) -> Tensor:
+        """(shard, position) of every document, (N, 2) int32."""
+        numbers = [_load(path, "document") for path in self.shards]
+        places = torch.empty(sum(map(len, numbers)), 2, dtype=torch.int32)
+        for n, documents in enumerate(numbers):
+            places[documents, 0] = n
+            places[documents, 1] = torch.arange(len(documents), dtype=torch.int32)
+        return places
 
     def __len__(self) -> int:
         return len(self._places)
@@ -149,15 +153,21 @@ class RowStore:
         values = torch.cat([_load(path, name) for path in self.shards])
         return values[torch.argsort(documents)]
 
-    def stored(self) -> Iterator[Tensor]:
-        """Rows x (n, D) as stored, shard by shard."""
-        for path in self.shards:
+    @property
+    def width(self) -> int:
+        """D, the length of a row."""
+        with safe_open(self.shards[0], framework="pt") as file:
+            return file.get_slice("row").get_shape()[1]
+
+    def stored(self, ranks: Ranks = ALONE) -> Iterator[Tensor]:
+        """Rows x (n, D) as stored, shard by shard of this rank's share."""
+        for path in ranks.share(self.shards):
             yield _load(path, "row")
 
-    def blocks(self, documents: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(document numbers (n,), x̃ (n, D)) shard by shard, restricted to `documents`."""
+    def blocks(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+        """(document numbers (n,), x̃ (n, D)) shard by shard of this rank's share, restricted to `documents`."""
         wanted = torch.tensor(sorted(documents))
-        for path in self.shards:
+        for path in ranks.share(self.shards):
             numbers = _load(path, "document")
             keep = torch.isin(numbers, wanted)
             if keep.any():
@@ -183,15 +193,14 @@ class RowStore:
         return self.fitted
 
     def _gather(self, name: str, documents: Sequence[int]) -> Tensor:
-        by_shard: dict[int, list[int]] = {}
-        for position, document in enumerate(documents):
-            by_shard.setdefault(self._places[int(document)][0], []).append(position)
+        places = self._places[torch.as_tensor(documents, dtype=torch.int64)]
         result: Tensor | None = None
-        for shard, positions in by_shard.items():
-            values = _load(self.shards[shard], name)[[self._places[int(documents[p])][1] for p in positions]]
+        for shard in places[:, 0].unique().tolist():
+            wanted = places[:, 0] == shard
+            values = _load(self.shards[shard], name)[places[wanted, 1]]
             if result is None:
                 result = values.new_zeros((len(documents), *values.shape[1:]))
-            result[positions] = values
+            result[wanted] = values
         if result is None:
             raise ValueError("no documents were asked for")
         return result

@@ -76,16 +76,21 @@ def candidates(
     return found
 
 
-def select(found: Sequence[Candidate], atoms: Tensor, stabilities: Tensor, config: SelectConfig) -> list[Candidate]:
+def select(found: Sequence[Candidate], gradients: Tensor, stabilities: Tensor, config: SelectConfig) -> list[Candidate]:
     """The best `keep` candidates by raw coherence that are beyond chance (`min_z`), found again with another seed
-    (`min_stability`) and no near-duplicates of better ones. atoms (K, D), stabilities (K,)."""
+    (`min_stability`) and no near-duplicates of better ones. stabilities (K,).
+
+    gradients (K, D): the atoms with the rows' whitening undone. Whitening sets apart what points almost the same way, so atoms
+    that split one behaviour are orthogonal in it, yet steer alike.
+    """
+    unit = torch.nn.functional.normalize(gradients, dim=1)
     chosen: list[Candidate] = []
     for candidate in sorted(found, key=lambda c: -c.coherence.raw):
         if len(chosen) == config.keep:
             break
         if candidate.coherence.raw_z < config.min_z or stabilities[candidate.atom] < config.min_stability:
             continue
-        if chosen and float((atoms[[c.atom for c in chosen]] @ atoms[candidate.atom]).abs().max()) > config.max_cosine:
+        if chosen and float((unit[[c.atom for c in chosen]] @ unit[candidate.atom]).abs().max()) > config.max_cosine:
             continue
         chosen.append(candidate)
     return chosen

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atoms.projection import RowWhitening
 from offline.config import WhiteningConfig
+from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore
 
 _PASSES = 6
@@ -28,48 +29,52 @@ _NEGLIGIBLE = 0.05
 """Components whose factor is within 5% of 1 are left out."""
 
 
-def fit_whitening(store: RowStore, config: WhiteningConfig) -> RowWhitening:
+def fit_whitening(store: RowStore, config: WhiteningConfig, ranks: Ranks = ALONE) -> RowWhitening:
     """The mean (zero with `centred` off) and the leading components of all rows of `store`; deterministic."""
-    centring = RowWhitening.centring(_mean(store) if config.centred else torch.zeros(_width(store)))
+    centring = RowWhitening.centring(_mean(store, ranks) if config.centred else torch.zeros(store.width))
     if not config.ridge:
         return centring
-    components, shares = _leading(store, centring, config.components)
+    components, shares = _leading(store, centring, config.components, ranks)
     ridge = max(config.ridge, _ABOVE_CHANCE / len(store))
     factors = (ridge / (shares + ridge)).sqrt()
     shrunk = factors < 1 - _NEGLIGIBLE
     return replace(centring, components=components[:, shrunk].contiguous(), factors=factors[shrunk])
 
 
-def _leading(store: RowStore, centring: RowWhitening, count: int) -> tuple[Tensor, Tensor]:
+def _leading(store: RowStore, centring: RowWhitening, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """(components (D, r), shares of variance (r,)), largest first."""
-    count = min(count, len(store) - 1, len(centring.mean))
-    width = min(count + _OVERSAMPLING, len(centring.mean))
-    basis = torch.randn(len(centring.mean), width, generator=torch.Generator().manual_seed(0))
+    count = min(count, len(store) - 1, store.width)
+    width = min(count + _OVERSAMPLING, store.width)
+    basis = torch.randn(store.width, width, generator=torch.Generator().manual_seed(0))
     for _ in range(_PASSES):
         basis = torch.linalg.qr(basis).Q
-        basis = torch.stack([rows.T @ (rows @ basis) for rows in _blocks(store, centring)]).sum(0)
+        product = torch.zeros_like(basis)
+        for rows in _blocks(store, centring, ranks):
+            product += rows.T @ (rows @ basis)
+        ranks.add(product)
+        basis = product
     basis = torch.linalg.qr(basis).Q
     gram = torch.zeros(width, width, dtype=torch.float64)
-    total = 0.0
-    for rows in _blocks(store, centring):
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in _blocks(store, centring, ranks):
         projected = (rows @ basis).double()
         gram += projected.T @ projected
-        total += float(rows.double().square().sum())
+        total += rows.double().square().sum()
+    ranks.add(gram, total)
     values, vectors = torch.linalg.eigh(gram)
     order = torch.argsort(values, descending=True)[:count]
     return basis @ vectors[:, order].float(), (values[order] / total).float()
 
 
-def _blocks(store: RowStore, centring: RowWhitening) -> Iterator[Tensor]:
-    for rows in store.stored():
+def _blocks(store: RowStore, centring: RowWhitening, ranks: Ranks) -> Iterator[Tensor]:
+    for rows in store.stored(ranks):
         yield centring.apply(rows)[0]
 
 
-def _mean(store: RowStore) -> Tensor:
+def _mean(store: RowStore, ranks: Ranks) -> Tensor:
     """μ (D,) of the stored rows, summed in float64: the fine-tune's common direction."""
-    total = torch.stack([rows.double().sum(0) for rows in store.stored()]).sum(0)
+    total = torch.zeros(store.width, dtype=torch.float64)
+    for rows in store.stored(ranks):
+        total += rows.double().sum(0)
+    ranks.add(total)
     return (total / len(store)).float()
-
-
-def _width(store: RowStore) -> int:
-    return next(store.stored()).shape[1]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clients.options import DeviceOption, DtypeOption, ForceOption, names, numbers, quiet_libraries
+
+if TYPE_CHECKING:
+    from offline.config import DiscoverConfig
+    from offline.ranks import Ranks
 
 app = typer.Typer()
 
@@ -60,7 +64,7 @@ def discover(
         ),
     ] = None,
     atoms: Annotated[
-        int | None, typer.Option(help="Size of the dictionary; default: one atom per 10 documents.")
+        int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 documents.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
     signed_codes: Annotated[
@@ -84,10 +88,14 @@ def discover(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what a run would read, make and cost; probe it, write nothing.")
     ] = False,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="Processes of this machine that share the documents; or use torchrun.")
+    ] = 1,
     force: ForceOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Find atoms of MODEL in DATA and write them as a package. Run again after a stop: it resumes."""
+    from atoms.errors import ConfigError
     from offline.config import (
         CalibrateConfig,
         CurvatureConfig,
@@ -98,8 +106,8 @@ def discover(
         WhiteningConfig,
         recipe_settings,
     )
-    from offline.pipeline import discover as run
     from offline.progress import Progress
+    from offline.ranks import run_ranks, torchrun_ranks
 
     def settings(part: str, **given: object) -> dict[str, Any]:
         """The recipe's settings of a part, with what was asked for by an option on top."""
@@ -123,12 +131,28 @@ def discover(
     )  # fmt: skip
     quiet_libraries()
     if dry_run:
+        if ranks > 1:
+            raise ConfigError(f"a dry run plans one process, and {ranks} ranks were asked for; leave --ranks out")
         from offline.plan import describe, make_plan
 
         print(describe(make_plan(config, Progress(quiet=quiet)), config))
         return
-    package = run(config, Progress(quiet=quiet))
-    print(f"{package.path}: {len(package.manifest.atoms)} atoms")
+    if ranks > 1:
+        run_ranks(discover_share, ranks, config, quiet)
+    else:
+        with torchrun_ranks() as share:
+            discover_share(config, quiet, share)
+
+
+def discover_share(config: DiscoverConfig, quiet: bool, ranks: Ranks) -> None:
+    """What one rank does of a discovery; the first reports."""
+    from offline.pipeline import discover as run
+    from offline.progress import Progress
+
+    quiet_libraries()
+    package = run(config, Progress(quiet=quiet or not ranks.first), ranks)
+    if ranks.first:
+        print(f"{package.path}: {len(package.manifest.atoms)} atoms")
 
 
 @app.command()

@@ -107,4 +107,4 @@ def test_codes_come_in_order_of_documents_and_only_for_those_asked(store: RowSto
 
 
 def test_the_default_size_follows_the_corpus() -> None:
-    assert [default_atoms(n) for n in (1, 100, 1600, 10**6)] == [8, 10, 160, 500]
+    assert [default_atoms(n) for n in (1, 100, 1600, 10**6)] == [8, 8, 100, 500]
