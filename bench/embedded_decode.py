@@ -3,10 +3,12 @@
     OMP_WAIT_POLICY=PASSIVE python bench/embedded_decode.py MODEL [--cells 16x3 16x32 generate] [--rounds 8] [--json FILE]
 
 A cell KxJ has K distinct mixes of J atoms each, all never seen before, over the rows; 0x0 is the engine against itself.
-`plain` is the engine without packed weights (server/embedded/packing.py). Random atoms on q_proj and v_proj cost what
-real ones do. Each cell is measured in pairs with the unsteered engine, in turns which goes first, so that what else
-runs on the machine meets both; the figure is the ratio to the unsteered engine, with the median and a 95% interval (of
-the median, by order statistics). Composing and prefill are included.
+`steps` compares single decode steps of two batches on one model, 16 mixes of 3 atoms against none, one step of each in
+turn: what else runs on the machine meets both alike, so it tells small differences that whole answers do not. `plain` is
+the engine without packed weights (server/embedded/packing.py). Random atoms on q_proj and v_proj cost what real ones do.
+
+The other cells are measured in pairs with the unsteered engine, in turns which goes first; composing and prefill are
+included. The figure is the ratio to the unsteered engine, with the median and a 95% interval (by order statistics).
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ from atoms.engine import GenerationRequest, SamplingParams
 from atoms.mix import Mix
 from atoms.model import choose_device, choose_dtype
 from atoms.space import LoRAModule, LoRASpace
-from atoms.steered import PackedBank
+from atoms.steered import PackedBank, SteeredModel
+from server.embedded.batcher import Batcher, Job
+from server.embedded.detokenize import TokenBytes
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.packing import pack_linears
 
 PROMPT = "Question {}: how does one bake bread?"
-CELLS = ("0x0", "1x3", "16x3", "16x1", "16x8", "16x32", "plain", "generate")
+CELLS = ("0x0", "1x3", "16x3", "16x1", "16x8", "16x32", "steps", "plain", "generate")
 BANK = 64
 """Atoms to draw mixes from."""
 
@@ -77,6 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     pack_linears(engines[0]._batcher._model)
     draw = random.Random(0)
     for cell in args.cells:
+        if cell == "steps":
+            continue
         if cell == "generate":
             cells[cell] = lambda: one_by_one(model, tokenizer, args)
         elif cell == "plain":
@@ -94,7 +100,41 @@ def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
                 rates[name].append((figures[0], figures[1]) if pair % 2 else (figures[1], figures[0]))
     for engine in engines:
         engine.close()
+    if "steps" in args.cells:
+        pack_linears(model)
+        prompts = [tuple(tokenizer(PROMPT.format(row))["input_ids"]) for row in range(args.rows)]
+        rates["steps"] = step_rates(model, packed, bank.base.space, TokenBytes(tokenizer), prompts, args)
     return rates
+
+
+def step_rates(
+    model: PreTrainedModel, packed: PackedBank, space: LoRASpace, token_bytes: TokenBytes,
+    prompts: list[tuple[int, ...]], args: argparse.Namespace,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """(unsteered, steered) tokens a second of each pair of decode steps."""
+    steps = args.tokens * args.rounds // 4
+    sampling = SamplingParams(max_tokens=2 * steps, temperature=0, ignore_eos=True)
+    batchers = []
+    for mixes in ([Mix()] * len(prompts), new_mixes(random.Random(1), len(prompts), 3)):
+        steered = SteeredModel(model, space, args.rows)
+        batcher = Batcher(model, steered, packed.compose, frozenset(), 4096, 512, 0)
+        for row, (prompt, mix) in enumerate(zip(prompts, mixes, strict=True)):
+            batcher.add(
+                Job(GenerationRequest(str(row), prompt, mix, sampling), 2 * steps, token_bytes, lambda _delta: None)
+            )
+        batchers.append(batcher)
+    for _ in range(steps // 4):  # all have joined by then
+        for batcher in batchers:
+            batcher.step()
+    pairs = []
+    for step in range(steps):
+        seconds = [0.0, 0.0]
+        for place in (0, 1) if step % 2 else (1, 0):
+            start = time.perf_counter()
+            batchers[place].step()
+            seconds[place] = time.perf_counter() - start
+        pairs.append((args.rows / seconds[0], args.rows / seconds[1]))
+    return pairs
 
 
 def new_mixes(draw: random.Random, count: int, atoms: int) -> list[Mix]:

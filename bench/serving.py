@@ -1,12 +1,21 @@
-"""Throughput of steering inside vLLM against the same vLLM on the merged model with LoRA off.
+"""What steering costs a server, over HTTP: throughput by distinct mixes in flight and by atoms a mix, and first tokens.
 
-    .venv-vllm/bin/python -m bench.serving PKG MODEL [--mixes 0 1 16] [--atoms 3] [--pairs 8] [--json FILE]
+    python -m bench.serving PKG MODEL --host embedded --out DIR [--seconds 220] [--cells 16x3 ttft]
+    .venv-vllm/bin/python -m bench.serving PKG MODEL --host vllm --out DIR
+    python -m bench.serving PKG MODEL --host embedded --out DIR --show [--plot FILE.svg]
 
-Both servers run, one is asked at a time: a pair is one round of the same prompts to each, in turns which goes first.
-Every round has prompts and mixes never sent before, so neither prefix cache nor slots help. K = 0 is unsteered
-requests on the steering server. The figure of a cell is the ratio of generated tokens a second, steered over plain:
-the median of its pairs, with a bootstrap 95% interval of that median. vLLM compiles the plain model by default, and
-nothing that has LoRA; --eager takes that from the plain one too.
+A cell KxJ has K distinct mixes of J atoms in flight, spread over max(16, K) concurrent requests. It is measured in pairs
+with the unsteered engine, one asked at a time, in turns which goes first: the embedded server against itself, vLLM
+against vLLM on the merged model with LoRA off. Every round has prompts and mixes never sent before. The figure is the
+ratio of generated tokens a second, the median of the pairs with its 95% interval (order statistics).
+
+    0x0    unsteered requests on the steering server
+    stockS vLLM's own LoRA with S slots and an adapter on disk for each of 16 mixes, against the same unsteered engine
+    disk   the same with 16 slots, when every round's adapters are new: written, loaded and removed within the round
+    ttft   milliseconds to the first token, one request at a time: unsteered, a mix seen before, one never seen
+
+Pairs are kept in DIR/HOST.json after each. A run goes on, with the cell that has fewest, for about --seconds; so the whole
+is measured in pieces, when the machine is free.
 """
 
 from __future__ import annotations
@@ -15,65 +24,137 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 
 from atoms.package import Package
+from atoms.storage import write_json
+from bench.embedded_decode import interval, processor
+from bench.hosts import (
+    embedded_server,
+    merged_model,
+    running,
+    steering_vllm_server,
+    stock_vllm_server,
+    widened,
+)
+
+CELLS = {
+    "embedded": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "ttft"),
+    "vllm": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "stock16", "stock4", "disk", "ttft"),
+}
+FIRST_TOKENS = ("unsteered", "warm", "new")
+_PAIRS, _FIRSTS = 8, 30
+_VLLM_ROWS = 256
 
 
-def merged_model(package: Package, model: str, directory: Path) -> Path:
-    """The base model with θ0 merged, written to `directory`."""
-    import torch
+class Bench:
+    """One host's servers, started when a cell needs them, and its results so far."""
 
-    from atoms.model import load_model, merge_adapter
+    def __init__(self, args: argparse.Namespace, stack: ExitStack) -> None:
+        self.args = args
+        self._stack = stack
+        self._urls: dict[tuple[str, int], str] = {}
+        self.package = widened(Package.read(args.package), args.bank, args.out / f"package-{args.bank}")
+        self._ids = [card.id for card in self.package.manifest.atoms]
+        self._draw = random.Random(time.time_ns())
 
-    loaded, tokenizer = load_model(model, torch.float32, torch.device("cpu"))
-    package.check_base(loaded)
-    merge_adapter(loaded, package.base_adapter)
-    loaded.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    def url(self, kind: str, rows: int) -> str:
+        """The server of `kind` with room for at least `rows` sequences: vLLM has one, with the room that it has by default;
+        the embedded server has another for each number."""
+        rows = max(rows, _VLLM_ROWS) if self.args.host == "vllm" else rows
+        if (kind, rows) not in self._urls:
+            command, environment = self._command(kind, rows)
+            log = self.args.out / f"{kind}-{rows}.log"
+            self._urls[kind, rows] = self._stack.enter_context(running(command, log, environment))
+        return self._urls[kind, rows]
+
+    def _command(self, kind: str, rows: int) -> tuple[list[str], dict[str, str]]:
+        args, path = self.args, self.package.path
+        if args.host == "embedded":
+            return embedded_server(path, args.model, rows), {"OMP_WAIT_POLICY": "PASSIVE"}
+        if kind == "steering":
+            return steering_vllm_server(path, args.model, rows, args.dtype), {}
+        merged = merged_model(self.package, args.model, args.out / "merged")
+        slots = int(kind.removeprefix("stock")) if kind.startswith("stock") else 0
+        command = stock_vllm_server(merged, rows, args.dtype, slots, self.package if slots else None)
+        return command, {"VLLM_PLUGINS": "", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+    def pair(self, cell: str, first: bool) -> tuple[float, float]:
+        """Tokens a second without steering and in `cell`; `first` says whether the latter is asked first."""
+        args = self.args
+        mixes, atoms = (16, 3) if not cell[0].isdigit() else (int(number) for number in cell.split("x"))
+        rows = max(args.concurrency, mixes)
+        tokens = max(4, args.tokens * 32 // max(rows, 32))
+        prompts = [f"Question {self._draw.random()}: how does one bake good bread?" for _ in range(rows)]
+        plain = [body(prompt, tokens, self.package.manifest.name) | {"steering": {"atoms": {}}} for prompt in prompts]
+        plain_url = self.url("steering", rows) if args.host == "embedded" else self.url("plain", rows)
+        if args.host == "vllm":
+            plain = [body(prompt, tokens, "plain") for prompt in prompts]
+        drawn = [self.new_mix(atoms) for _ in range(mixes)] or [{}]
+        if cell[0].isdigit():
+            url = self.url("steering", rows)
+            bodies = [body(prompt, tokens, self.package.manifest.name) | {"steering": {"atoms": drawn[place % len(drawn)]}}
+                      for place, prompt in enumerate(prompts)]  # fmt: skip
+            runs = [lambda: rate(plain_url, plain), lambda: rate(url, bodies)]
+        else:
+            slots = 16 if cell == "disk" else int(cell.removeprefix("stock"))
+            url = self.url(f"stock{slots}", rows)
+            runs = [lambda: rate(plain_url, plain), lambda: self.stock_rate(url, cell, prompts, tokens, drawn)]
+        figures = [run() for run in (reversed(runs) if first else runs)]
+        return (figures[1], figures[0]) if first else (figures[0], figures[1])
+
+    def stock_rate(self, url: str, cell: str, prompts: list[str], tokens: int, drawn: list[dict[str, float]]) -> float:
+        """Tokens a second of vLLM's own adapters, one on disk for each mix; in cell `disk` with making and loading them."""
+        start = time.perf_counter()
+        names = [f"m{self._draw.randrange(10**12)}" for _ in drawn]
+        for name, mix in zip(names, drawn, strict=True):
+            path = self.args.out / "adapters" / name
+            self.package.export(self.package.mix(mix), path, onto="merged")
+            load = {"lora_name": name, "lora_path": str(path.resolve())}
+            httpx.post(f"{url}/v1/load_lora_adapter", json=load, timeout=120).raise_for_status()
+        bodies = [body(prompt, tokens, names[place % len(names)]) for place, prompt in enumerate(prompts)]
+        if cell != "disk":  # adapters that were used before: one round warms them, with prompts of another length
+            rate(url, [one | {"prompt": "x", "max_tokens": 1} for one in bodies])
+            start = time.perf_counter()
+        rate(url, bodies)
+        seconds = time.perf_counter() - start
+        for name in names:
+            httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=120).raise_for_status()
+        return sum(one["max_tokens"] for one in bodies) / seconds
+
+    def first_tokens(self) -> tuple[float, float, float]:
+        """Seconds to the first token of an unsteered request, of a warm mix and of a new one, in random order."""
+        url = self.url("steering", self.args.concurrency)
+        warm = dict.fromkeys(self._ids[:3], 1.0)
+        mixes = {"unsteered": {}, "warm": warm, "new": self.new_mix(3)}
+        found = {}
+        for kind in self._draw.sample(FIRST_TOKENS, 3):
+            text = f"Question {self._draw.random()}: " + "how does one bake good bread at home? " * 4
+            found[kind] = first_token(
+                url, body(text, 2, self.package.manifest.name) | {"steering": {"atoms": mixes[kind]}}
+            )
+        return found["unsteered"], found["warm"], found["new"]
+
+    def new_mix(self, atoms: int) -> dict[str, float]:
+        return {atom: round(self._draw.uniform(-2, 2), 4) or 1.0 for atom in self._draw.sample(self._ids, atoms)}
 
 
-@contextmanager
-def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[str]:
-    """Starts a server on a free port; gives its URL once it is healthy, and stops it at the end."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    with log.open("wb") as output:
-        process = subprocess.Popen([*command, f"--port={port}"], stdout=output, stderr=subprocess.STDOUT,
-                                   env=os.environ | environment)  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while True:
-            if process.poll() is not None:
-                raise SystemExit(f"a server ended:\n{log.read_text(errors='replace')[-4000:]}")
-            try:
-                httpx.get(f"{url}/health", timeout=5).raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(1)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
+def body(prompt: str, tokens: int, model: str) -> dict:
+    return {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
 
 
-async def tokens_per_second(url: str, bodies: list[dict]) -> float:
+def rate(url: str, bodies: list[dict]) -> float:
     """Generated tokens a second when all `bodies` are sent at once."""
+    return asyncio.run(_rate(url, bodies))
+
+
+async def _rate(url: str, bodies: list[dict]) -> float:
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as client:
         start = time.perf_counter()
         responses = await asyncio.gather(*(client.post(f"{url}/v1/completions", json=body) for body in bodies))
@@ -81,97 +162,121 @@ async def tokens_per_second(url: str, bodies: list[dict]) -> float:
     return sum(response.raise_for_status().json()["usage"]["completion_tokens"] for response in responses) / seconds
 
 
-def round_bodies(args: argparse.Namespace, package: Package, mixes: int, salt: int) -> tuple[list[dict], list[dict]]:
-    """The same prompts for the plain and the steering server, the latter with `mixes` distinct new mixes."""
-    draw = random.Random(salt)
-    ids = [card.id for card in package.manifest.atoms]
-    plain, steered = [], []
-    drawn = [
-        {atom: round(draw.uniform(-2, 2), 4) for atom in draw.sample(ids, min(args.atoms, len(ids)))}
-        for _ in range(mixes)
-    ]
-    for place in range(args.concurrency):
-        prompt = f"Question {draw.random()}: " + "how does one bake good bread at home? " * args.prompt_words
-        body = {"prompt": prompt, "max_tokens": args.tokens, "temperature": 0, "ignore_eos": True}
-        plain.append({"model": "plain", **body})
-        atoms = drawn[place % mixes] if mixes else {}
-        steered.append({"model": package.manifest.name, "steering": {"atoms": atoms}, **body})
-    return plain, steered
+def first_token(url: str, request: dict) -> float:
+    start = time.perf_counter()
+    with httpx.stream("POST", f"{url}/v1/completions", json=request | {"stream": True}, timeout=600) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                return time.perf_counter() - start
+    raise SystemExit("a stream ended without a token")
 
 
-def interval(ratios: list[float]) -> tuple[float, float]:
-    """Bootstrap 95% interval of the median."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(4000))
-    return medians[100], medians[-101]
+def measure(args: argparse.Namespace) -> None:
+    """Adds pairs to the results until time is up or every cell has enough."""
+    file = args.out / f"{args.host}.json"
+    results = json.loads(file.read_text()) if file.exists() else {"cells": {}}
+    end = time.monotonic() + args.seconds
+    with ExitStack() as stack:
+        bench = Bench(args, stack)
+        results |= {"machine": f"{processor()}, {os.cpu_count()} CPUs", "bank": args.bank,
+                    "package": Package.read(args.package).manifest.name, "dtype": args.dtype}  # fmt: skip
+        warmed = set()
+        while time.monotonic() < end:
+            counts = {cell: len(results["cells"].get(cell, [])) / (_FIRSTS if cell == "ttft" else _PAIRS)
+                      for cell in args.cells or CELLS[args.host]}  # fmt: skip
+            cell = min(counts, key=lambda name: counts[name])
+            if counts[cell] >= 1:
+                break
+            count = len(results["cells"].get(cell, []))
+            sample = bench.first_tokens if cell == "ttft" else lambda: bench.pair(cell, first=bool(count % 2))  # noqa: B023
+            if cell not in warmed:  # starts servers, compiles, fills caches
+                sample()
+                warmed.add(cell)
+            results["cells"].setdefault(cell, []).append(sample())
+            write_json(file, results)
 
 
-def measure(args: argparse.Namespace, package: Package, plain_url: str, steered_url: str) -> list[dict]:
-    rounds: dict[int, list[tuple[float, float]]] = {mixes: [] for mixes in args.mixes}
-    salt = 0
-    for pair in range(-1, args.pairs):  # the first is a warm-up
-        for mixes in args.mixes:
-            salt += 1
-            plain, steered = round_bodies(args, package, mixes, salt)
-            order = [(plain_url, plain), (steered_url, steered)]
-            rates = {}
-            for url, bodies in order if salt % 2 else reversed(order):
-                rates[url] = asyncio.run(tokens_per_second(url, bodies))
-            if pair >= 0:
-                rounds[mixes].append((rates[plain_url], rates[steered_url]))
-    cells = []
-    for mixes, pairs in rounds.items():
-        ratios = [steered / plain for plain, steered in pairs]
-        low, high = interval(ratios)
-        cells.append({
-            "mixes": mixes, "atoms": args.atoms if mixes else 0, "concurrent": args.concurrency, "pairs": len(pairs),
-            "plain_tokens_per_second": statistics.median(plain for plain, _ in pairs),
-            "steered_tokens_per_second": statistics.median(steered for _, steered in pairs),
-            "ratio": statistics.median(ratios), "low": low, "high": high,
-        })  # fmt: skip
-    return cells
+def show(args: argparse.Namespace) -> None:
+    results = json.loads((args.out / f"{args.host}.json").read_text())
+    print(f"{args.host} on {results['machine']}; {results['dtype']}, bank of {results['bank']} atoms\n")
+    print("| cell | unsteered tokens/s | its own | ratio | 95% | pairs |\n|---|---|---|---|---|---|")
+    for cell, pairs in results["cells"].items():
+        if cell == "ttft":
+            continue
+        low, middle, high = interval([own / plain for plain, own in pairs])
+        plain, own = (statistics.median(values) for values in zip(*pairs, strict=True))
+        print(f"| {cell} | {plain:.0f} | {own:.0f} | {middle:.2f} | {low:.2f}-{high:.2f} | {len(pairs)} |")
+    if firsts := results["cells"].get("ttft"):
+        medians = [statistics.median(column) * 1000 for column in zip(*firsts, strict=True)]
+        print("\n| first token | ms | to unsteered | to warm | 95% of that | requests |\n|---|---|---|---|---|---|")
+        for place, kind in enumerate(FIRST_TOKENS):
+            low, _, high = interval([row[place] / row[1] for row in firsts])
+            print(f"| {kind} | {medians[place]:.0f} | {medians[place] / medians[0]:.2f} | "
+                  f"{medians[place] / medians[1]:.2f} | {low:.2f}-{high:.2f} | {len(firsts)} |")  # fmt: skip
+    if args.plot:
+        plot(args.host, results, args.plot)
+
+
+def plot(host: str, results: dict, file: Path) -> None:
+    """Ratio by distinct mixes, and by atoms a mix, with intervals; other ways as horizontal lines."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    ratios = {cell: interval([own / plain for plain, own in pairs])
+              for cell, pairs in results["cells"].items() if cell != "ttft"}  # fmt: skip
+    for axis, cells, place, label in (
+        (axes[0], ("0x0", "1x3", "16x3", "64x3", "256x3"), 0, "distinct mixes in flight, 3 atoms each"),
+        (axes[1], ("16x1", "16x3", "16x8", "16x32"), 1, "atoms a mix, 16 mixes in flight"),
+    ):
+        known = [cell for cell in cells if cell in ratios]
+        middles = [ratios[cell][1] for cell in known]
+        errors = [
+            [ratios[cell][1] - ratios[cell][0] for cell in known],
+            [ratios[cell][2] - ratios[cell][1] for cell in known],
+        ]
+        axis.errorbar(
+            [cell.split("x")[place] for cell in known], middles, errors, marker="o", capsize=3, label="atomsteer"
+        )
+        for name, style in (("stock16", "--"), ("stock4", "-."), ("disk", ":")):
+            if name in ratios:
+                axis.axhline(ratios[name][1], linestyle=style, color="grey", label=_LINES[name])
+        axis.set_xlabel(label)
+        axis.set_ylim(0, 1.2)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("throughput / unsteered")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{host}, {results['machine']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file)
+
+
+_LINES = {
+    "stock16": "vLLM LoRA, 16 slots, 16 mixes",
+    "stock4": "vLLM LoRA, 4 slots, 16 mixes",
+    "disk": "one adapter on disk for each strength",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
     parser.add_argument("model")
-    parser.add_argument("--mixes", type=int, nargs="+", default=[0, 1, 16])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--host", choices=tuple(CELLS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these; any KxJ")
+    parser.add_argument("--seconds", type=float, default=220)
+    parser.add_argument("--bank", type=int, default=32, help="atoms in the package that is served")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--eager", action="store_true")
-    for name, default in (("atoms", 3), ("pairs", 8), ("concurrency", 16), ("tokens", 32), ("prompt-words", 2)):
+    parser.add_argument("--show", action="store_true", help="print the tables of what has been measured")
+    parser.add_argument("--plot", type=Path)
+    for name, default in (("concurrency", 16), ("tokens", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    package = Package.read(args.package)
-    seqs = f"--max-num-seqs={max(args.concurrency, 16)}"
-    options = ["--dtype", args.dtype, "--max-model-len=512", seqs]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"), "VLLM_NO_USAGE_STATS": "1"}
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        directory = Path(scratch)
-        merged = merged_model(package, args.model, directory / "merged")
-        plain = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(merged), "--served-model-name=plain",
-                 *options, *(["--enforce-eager"] if args.eager else [])]  # fmt: skip
-        steering = [sys.executable, "-m", "clients.cli", "serve", "--engine=vllm", f"--package={args.package}",
-                    f"--model={args.model}", "--database=none", *options]  # fmt: skip
-        plain_url = stack.enter_context(running(plain, environment | {"VLLM_PLUGINS": ""}, directory / "plain.log"))
-        steered_url = stack.enter_context(running(steering, environment, directory / "steering.log"))
-        cells = measure(args, package, plain_url, steered_url)
-    from importlib.metadata import version
-
-    machine = (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, vLLM {version('vllm')}, {args.dtype}"
-    )
-    report = {"machine": machine, "load": os.getloadavg()[0], "package": package.manifest.name, "eager": args.eager,
-              "bank": len(package.manifest.atoms), "cells": cells}  # fmt: skip
-    print(f"{machine}; bank of {report['bank']} atoms; load {report['load']:.1f}; "
-          f"plain {'eager' if args.eager else 'compiled'}")  # fmt: skip
-    for cell in cells:
-        print(f"K={cell['mixes']:<4} {cell['atoms']} atoms  plain {cell['plain_tokens_per_second']:7.1f}  steered "
-              f"{cell['steered_tokens_per_second']:7.1f} tok/s  ratio {cell['ratio']:.2f} "
-              f"[{cell['low']:.2f}, {cell['high']:.2f}] of {cell['pairs']} pairs")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.show:
+        measure(args)
+    show(args)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ class SteeringRequest:
 @dataclass(frozen=True, slots=True)
 class ResolvedSteering:
     """What a request is steered with. `digest` identifies mix and phase. `scaled_by` is 1 unless the drift budget shrank
-    the mix. `assignment` is what a host hands to the `Recorder`; None for a request that takes no part in an experiment."""
+    the mix. `assignment` is what a host hands to the `Recorder`; None for a request that takes no part in an
+    experiment."""
 
     mix: Mix
     digest: str

@@ -52,7 +52,7 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
     max_waiting: Annotated[int, typer.Option(help="Sequences that may wait before requests are refused.")] = 256,
     prefill_tokens_per_step: Annotated[
-        int, typer.Option(help="Prompt tokens computed between two decode steps.")
+        int, typer.Option(help="Prompt tokens read in a step; a quarter of them while answers run.")
     ] = 512,
     max_atoms_per_mix: Annotated[int, typer.Option(help="Most atoms in one mix.")] = 32,
     max_tokens: Annotated[

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
+from atoms.engine import Phase
 from atoms.errors import AtomsteerError, ConfigError
 from atoms.mix import Mix
 from atoms.package import Package
@@ -68,11 +69,13 @@ class SteeringEndpoint:
         steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
         if names and config.served_model_name is None:
             steering = replace(steering, served_name=names[0])
+        steering = replace(steering, phases=lambda: self._phases)
         self._steering = steering
         set_up_logging(config.log_format, "atomsteer")  # vLLM sets up its own loggers alone
         self._traffic = Traffic()
         self._stopped = asyncio.Event()
         self._engine: Any = None
+        self._phases: tuple[Phase, ...] = ("all",)
         metrics = SteeringMetrics(REGISTRY)
         metrics.describe(lambda: package.manifest)
         recorder = state.recorder if state else None
@@ -103,6 +106,7 @@ class SteeringEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Puts mixes on the requests to the engine, and has every worker compose one. Raises what that raises."""
         parallel = engine_client.vllm_config.parallel_config
+        self._phases = ("all",) if engine_client.vllm_config.use_v2_model_runner else ("all", "decode")
         identities = MixIdentities(parallel._api_process_rank, parallel._api_process_count)
         await _probe(engine_client, self._steering.package, identities)
         steer_engine(engine_client, identities, self._traffic, self._stopped)

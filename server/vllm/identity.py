@@ -1,7 +1,8 @@
 """How a mix travels through vLLM: as a LoRA request whose name is the mix's digest and whose path is the mix itself.
 
 vLLM keys its prefix cache by name and path, and its slots by the integer id. An id stands for one mix for ever: a
-reused one would silently serve the old weights.
+reused one would silently serve the old weights. A mix that does not steer the prompt has a digest, a name and an id of
+its own; what follows from that is in phase.py.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 from collections import OrderedDict
 from typing import NamedTuple
 
+from atoms.engine import Phase
 from atoms.errors import EngineError
-from atoms.mix import Mix
+from atoms.mix import DECODE_SUFFIX, Mix
 
 _PREFIX = "mix:"
 _LAST_ID = 2**31 - 1  # vLLM keeps ids as int32
@@ -71,3 +73,8 @@ def decode_path(path: str) -> Mix:
 def digest_of_name(name: str) -> str:
     """The digest in a LoRA request's name."""
     return name.partition("@")[0]
+
+
+def phase_of_name(name: str) -> Phase:
+    """Which tokens a LoRA request of that name steers."""
+    return "decode" if digest_of_name(name).endswith(DECODE_SUFFIX) else "all"

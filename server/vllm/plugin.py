@@ -1,6 +1,7 @@
 """READ FIRST: the entry point that vLLM calls in each of its processes before it loads a model.
 
     every process    the LoRA manager is ours, so that mixes become weights           worker.py
+                     a mix may leave the prompt alone, which then serves all mixes   phase.py
                      load format "atomsteer" merges θ0 while weights are read         loader.py
     API server       engine arguments get what steering needs; settings are checked before anything is loaded
                      the routes and middleware come with the other entry point        host.py
@@ -35,11 +36,12 @@ def register() -> None:
     _require_endpoint(os.environ)
     _require_own_packages()
     from atoms.package import Package
-    from server.vllm import upstream
+    from server.vllm import phase, upstream
     from server.vllm.worker import worker_manager
 
     package = Package.read(config.package)
     upstream.lora_runner.LRUCacheWorkerLoRAManager = worker_manager(package)
+    phase.install()
     _register_loader(package)
     _wrap_engine_arguments(package, config)
     _drop_adapter_series()

@@ -5,6 +5,8 @@ Written for and tested with 0.32. Only modules that run inside vLLM import this 
 
 from __future__ import annotations
 
+import vllm.v1.core.block_pool as block_pool
+import vllm.v1.core.kv_cache_utils as kv_cache_utils
 import vllm.v1.worker.lora_model_runner_mixin as lora_runner
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.lora import MaxLoRARanks
@@ -19,11 +21,13 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.worker.gpu_input_batch import InputBatch
 
 __all__ = [
     "BaseModelPath",
     "DefaultModelLoader",
     "EngineArgs",
+    "InputBatch",
     "LRUCacheLoRAModelManager",
     "LRUCacheWorkerLoRAManager",
     "LoRALayerWeights",
@@ -35,6 +39,8 @@ __all__ = [
     "PackedLoRALayerWeights",
     "PrometheusStatLogger",
     "VllmConfig",
+    "block_pool",
+    "kv_cache_utils",
     "lora_runner",
     "register_model_loader",
 ]

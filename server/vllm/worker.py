@@ -16,10 +16,10 @@ from torch import nn
 
 from atoms.adapter import Adapter, AtomBank, Delta
 from atoms.errors import AdapterError, EngineError
-from atoms.mix import Mix
+from atoms.mix import Mix, digest_in_phase
 from atoms.package import Package
 from server.vllm.coefficients import BankedLinear, CoefficientTable, FusedPart
-from server.vllm.identity import decode_path, digest_of_name, is_mix
+from server.vllm.identity import decode_path, digest_of_name, is_mix, phase_of_name
 from server.vllm.upstream import (
     LoRALayerWeights,
     LoRAMapping,
@@ -77,7 +77,7 @@ def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
                 raise EngineError(f"adapter {lora_request.lora_name!r} is no mix: this server steers with package "
                                   f"{package.manifest.name!r} and takes no other LoRA adapters")  # fmt: skip
             mix = decode_path(lora_request.lora_path)
-            digest = package.digest(mix)
+            digest = digest_in_phase(package.digest(mix), mix, phase_of_name(lora_request.lora_name))
             if digest != digest_of_name(lora_request.lora_name):
                 raise EngineError(
                     f"mix {lora_request.lora_name} has digest {digest} in this worker: it has another version of package "

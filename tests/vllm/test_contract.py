@@ -111,6 +111,26 @@ def test_requests_are_told_apart_by_name_and_cached_by_name_and_path(upstream) -
     )
 
 
+def test_blocks_are_hashed_and_tokens_mapped_by_what_we_wrap(upstream) -> None:
+    from vllm.v1.request import Request
+
+    hash_keys = inspect.unwrap(upstream.kv_cache_utils.generate_block_hash_extra_keys)
+    assert parameters(hash_keys) == ["request", "start_token_idx", "end_token_idx", "start_mm_idx"]
+    hasher = inspect.getsource(upstream.kv_cache_utils.get_request_block_hasher)
+    assert (
+        "generate_block_hash_extra_keys(\n" in hasher
+        and "request, start_token_idx, end_token_idx, curr_mm_idx" in hasher
+    )
+    assert "self.num_prompt_tokens" in inspect.getsource(Request.__init__)
+    batch = inspect.getsource(upstream.InputBatch)
+    for name in ("request_lora_mapping", "lora_id_to_lora_request", "num_prompt_tokens", "num_computed_tokens_cpu"):
+        assert f"self.{name}" in batch, name
+    assert "input_batch.make_lora_inputs(num_scheduled_tokens, num_sampled_tokens)" in inspect.getsource(
+        upstream.lora_runner.LoRAModelRunnerMixin.set_active_loras
+    )
+    assert isinstance(inspect.getattr_static(upstream.VllmConfig, "use_v2_model_runner"), property)
+
+
 def test_engine_arguments_have_what_we_set(upstream) -> None:
     from typing import get_args
 

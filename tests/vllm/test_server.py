@@ -9,7 +9,7 @@ import urllib.error
 import pytest
 import torch
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from atoms.adapter import Delta
 from atoms.model import find_linear, merge_adapter
@@ -17,6 +17,8 @@ from atoms.package import Package
 
 TOKENS = 12
 NEAR_TIE = 1e-4
+BLOCK = 128
+"""Tokens of a block of vLLM's cache on CPUs."""
 
 
 @pytest.fixture
@@ -187,6 +189,72 @@ def test_a_cached_prefix_is_not_shared_between_mixes(server, smol_tokenizer, mix
     assert between - before <= 200, "different mixes shared a prefix (only the two unsteered requests may)"
 
 
+def test_phase_decode_is_an_unsteered_prompt_and_a_steered_answer(
+    server, real_package, load_smol, prompts, mixes, chat_prompt, ask
+) -> None:
+    """Against transformers: the unsteered model reads all but the prompt's last token, the steered one goes on. Prompts
+    within a block and over several, read anew and from the cache, and beside the same mix in the other phase."""
+    long = chat_prompt("Here is a list of words. " + "apple pear plum " * 40 + "Name three of them.")
+    plain = merged_with(real_package, load_smol(), {})
+    differing = 0
+    for mix in (mixes[1], mixes[4]):
+        model = merged_with(real_package, load_smol(), mix)
+        for prompt in (prompts[0], long, long):
+            whole = ask(server, prompt, TOKENS, **steered(mix))["choices"][0]["token_ids"]
+            ours = ask(server, prompt, TOKENS, steering={"atoms": mix, "phase": "decode"})
+            assert ours["steering"]["phase"] == "decode" and ours["steering"]["mix"].endswith("-decode")
+            reference, gaps = greedy_after(plain, model, prompt)
+            place = first_difference(ours["choices"][0]["token_ids"], reference)
+            assert place is None or gaps[place] <= NEAR_TIE, f"{mix} differs at {place}, where the gap is {gaps[place]}"
+            differing += whole != reference
+    assert differing, "no answer depends on how the prompt was read, so this shows nothing"
+
+
+async def test_phases_and_mixes_in_one_batch_answer_as_alone(server, prompts, mixes, chat_prompt) -> None:
+    long = chat_prompt("Here is another list. " + "bread salt milk " * 40 + "Name two of them.")
+    async with AsyncOpenAI(base_url=server.v1, api_key="none") as client:
+
+        async def ask(mix: dict[str, float], phase: str, prompt: list[int]):
+            answer = await client.completions.create(
+                model=server.name, prompt=prompt, max_tokens=TOKENS, temperature=0, logprobs=2,
+                extra_body={"steering": {"atoms": mix, "phase": phase}, "return_token_ids": True},
+            )  # fmt: skip
+            return answer.choices[0]
+
+        cases = [
+            (mix, phase, prompt) for mix in mixes[:3] for phase in ("all", "decode") for prompt in (prompts[0], long)
+        ]
+        together = await asyncio.gather(*(ask(*case) for case in cases))
+        alone = [await ask(*case) for case in cases]
+    for case, one, other in zip(cases, alone, together, strict=True):
+        place = first_difference(one.token_ids, other.token_ids)
+        if place is not None:
+            best, second = sorted(one.logprobs.top_logprobs[place].values(), reverse=True)[:2]
+            assert best - second <= NEAR_TIE, f"{case} differs at {place}"
+
+
+def test_phase_decode_shares_the_prompt_of_all_mixes_and_no_answer(
+    server, real_package, load_smol, mixes, ask, chat_prompt, read
+) -> None:
+    """The next turn of a conversation has the answer in its prompt, where it is read unsteered: the blocks that the
+    steered answer has left in the cache must not serve it."""
+    prompt = chat_prompt("Here is a third list. " + "tea rice corn " * 110 + "Name three of them.")
+    ask(server, prompt)
+    before = cache_hits(read(server, "/metrics"))
+    answers = [ask(server, prompt, 40, steering={"atoms": mix, "phase": "decode"}, ignore_eos=True)
+               for mix in (mixes[1], mixes[4])]  # fmt: skip
+    hits = cache_hits(read(server, "/metrics")) - before
+    assert hits >= 2 * (len(prompt) - 1 - BLOCK), "the unsteered prompt was read again"
+    assert len(prompt) % BLOCK + 40 > BLOCK, "the answers fill no block, so none could be shared"
+    plain = merged_with(real_package, load_smol(), {})
+    for mix, answer in zip((mixes[1], mixes[4]), answers, strict=True):
+        turn = [*prompt, *answer["choices"][0]["token_ids"], *prompt[-8:]]
+        ours = ask(server, turn, TOKENS, steering={"atoms": mix, "phase": "decode"})["choices"][0]["token_ids"]
+        reference, gaps = greedy_after(plain, merged_with(real_package, load_smol(), mix), turn)
+        place = first_difference(ours, reference)
+        assert place is None or gaps[place] <= NEAR_TIE, f"{mix} differs at {place}, where the gap is {gaps[place]}"
+
+
 def test_our_routes_answer_on_the_same_port(server, send, read, real_package, mixes) -> None:
     atoms = json.loads(read(server, "/v1/atoms"))
     assert [card["id"] for card in atoms["data"]] == [card.id for card in real_package.manifest.atoms]
@@ -259,6 +327,18 @@ def greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[f
     )  # fmt: skip
     best = [logits[0].topk(2).values for logits in output.logits]
     return output.sequences[0, len(prompt) :].tolist(), [float(values[0] - values[1]) for values in best]
+
+
+@torch.inference_mode()
+def greedy_after(reader: PreTrainedModel, writer: PreTrainedModel, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """As `greedy`, where `reader` reads all but the prompt's last token and `writer` goes on from there."""
+    cache, tokens, gaps = DynamicCache(), [prompt[-1]], []
+    reader(input_ids=torch.tensor([prompt[:-1]]), past_key_values=cache)
+    for _ in range(TOKENS):
+        best = writer(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1].topk(2)
+        tokens.append(int(best.indices[0]))
+        gaps.append(float(best.values[0] - best.values[1]))
+    return tokens[1:], gaps
 
 
 def first_difference(one: list, other: list) -> int | None:
