@@ -22,6 +22,7 @@ class Steering(TypedDict, total=False):
     max_kl: float
     on_exceed: Literal["error", "scale"]
     allow_out_of_range: bool
+    phase: Literal["all", "decode"]
 
 
 SteeringLike = Steering | Mapping[str, float]
@@ -38,6 +39,7 @@ class Echo(BaseModel):
     preset: str | None = None
     experiment: str | None = None
     arm: str | None = None
+    phase: Literal["all", "decode"] = "all"
 
 
 class SteeredChatCompletion(ChatCompletion):
