@@ -23,17 +23,19 @@ from typing import TYPE_CHECKING, Any
 from atoms.errors import AtomsteerError, ConfigError, DataError
 from clients.batch_lines import BatchLine, Defaults, read_lines
 from clients.batch_results import CustomIds, Results, open_results, read_answered
-from clients.connection import Connection, connect
-from server.embedded.load import EngineOptions
+from clients.connection import Connection, check_source, connect
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from rich.progress import Progress
 
+    from server.embedded.load import EngineOptions
+
 MIX_HEADER = "x-atomsteer-mix"
 _FATAL = (401, 403)
 """Statuses that every further line would get too."""
-_MOST_MIXES = 10_000
+_MOST_MIXES, _LONGEST_MIX = 10_000, 4096
+"""What a scan counts one by one: so many different steerings, each of at most so many characters."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,17 @@ class BatchStoppedError(AtomsteerError):
 
 
 def run_batch(
-    config: BatchConfig, *, package: Path | None, server: str | None, key: str | None, options: EngineOptions
+    config: BatchConfig, *, package: Path | None, server: str | None, key: str | None, options: EngineOptions | None
 ) -> Outcome:
     """Answers every line of the input that the output lacks.
 
     Raises DataError (a file that cannot be read, or ids that are not unique), ConfigError, StorageError,
     BatchStoppedError, and what `connect` raises.
     """
-    source = "server" if server is not None else _identity(package)
+    check_source(package, server)
+    if config.out.exists() and config.input.exists() and config.out.samefile(config.input):
+        raise ConfigError(f"--out is {config.out}, which is the input; choose another file")
+    source = "server" if package is None else _identity(package)
     with open_results(config.out, config.settings(source), retry_failed=config.retry_failed) as results:
         scan = scan_input(config, results.ids)
         if scan.answered == scan.lines:
@@ -110,7 +115,7 @@ def scan_input(config: BatchConfig, ids: CustomIds) -> Scan:
         scan.invalid += line.error is not None
         if line.error is None:
             mix = json.dumps({"model": line.body.get("model"), "steering": line.body.get("steering")}, sort_keys=True)
-            if mix in scan.mixes or len(scan.mixes) < _MOST_MIXES:
+            if mix in scan.mixes or (len(scan.mixes) < _MOST_MIXES and len(mix) <= _LONGEST_MIX):
                 scan.mixes[mix] += 1
             else:
                 scan.other_mixes += 1
@@ -221,9 +226,7 @@ def _code(error: Any) -> str:
     return error.code or f"status_{error.status_code}"
 
 
-def _identity(package: Path | None) -> str:
-    if package is None:
-        raise ConfigError("give one of --package (served in this process) and --server (a running server)")
+def _identity(package: Path) -> str:
     from atoms.package import Package
 
     manifest = Package.read(package).manifest
@@ -274,7 +277,6 @@ def preview_mixes(
     from server.errors import RequestError
     from server.steering import Steering
 
-    _identity(package)
     assert package is not None
     steering = Steering.of(Package.read(package), ServeConfig(package=package))
     for asked, count in scan.mixes.most_common():
@@ -296,6 +298,7 @@ def print_dry_run(config: BatchConfig, *, package: Path | None, server: str | No
     from rich.console import Console
     from rich.table import Table
 
+    check_source(package, server)
     scan = scan_for_dry_run(config)
     table = Table(title=f"{scan.lines} lines: {scan.answered} answered, {scan.lines - scan.answered} to do, {scan.invalid} "
                   "that hold no request", title_justify="left")  # fmt: skip
@@ -304,5 +307,5 @@ def print_dry_run(config: BatchConfig, *, package: Path | None, server: str | No
     for count, asked, kl in preview_mixes(scan, package=package, server=server, key=key):
         table.add_row(str(count), asked, f"{kl:.4f}" if isinstance(kl, float | int) else f"refused: {kl}")
     if scan.other_mixes:
-        table.add_row(str(scan.other_mixes), f"more than {_MOST_MIXES} different mixes", "not looked up")
+        table.add_row(str(scan.other_mixes), f"beyond {_MOST_MIXES} different ones, or too long", "not looked up")
     Console(width=max(120, Console().width)).print(table)

@@ -1,9 +1,13 @@
-"""What a batch reads: one request a line, from OpenAI batch files, text, CSV, JSONL and Parquet, one at a time."""
+"""What a batch reads: one request a line, from OpenAI batch files, text, CSV, JSONL and Parquet, one at a time.
+
+A line that no request can be made of becomes a BatchLine with an `error`, so that it is answered like the others.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +16,9 @@ from typing import Any
 from atoms.errors import DataError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+LONGEST_LINE = 16 << 20
+"""In bytes. Longer lines are skipped piece by piece, so that memory stays bounded."""
+LONGEST_ID = 512
 _PARQUET_ROWS = 256
 
 
@@ -51,30 +58,48 @@ def read_lines(path: Path, defaults: Defaults) -> Iterator[BatchLine]:
     try:
         for number, row in reader(path):
             yield _line(number, row, defaults)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _line(number: int, row: Any, defaults: Defaults) -> BatchLine:
     name = f"line-{number}"
-    if isinstance(row, Mapping) and row.get("custom_id") not in (None, ""):
-        name = str(row["custom_id"])
     try:
         if isinstance(row, InvalidLineError):
             raise row
+        name = _custom_id(row) or name
         url, body = _openai_request(row) if _is_openai(row) else (URLS[0], _plain_body(row, defaults))
         if body.get("stream"):
             raise InvalidLineError("the body asks for a stream, which a batch has no place for; leave stream out")
         missing = {field: value for field, value in defaults.body.items() if field not in body}
-        if isinstance(row, Mapping) and (asked := row.get("steering")) is not None:
+        if isinstance(row, Mapping) and (asked := row.get("steering")) not in (None, ""):
             if "steering" in body:
                 raise InvalidLineError("steering is in the line and in its body; leave one out")
             body["steering"] = json.loads(asked) if isinstance(asked, str) else asked
         if body.get("steering") is None and defaults.steering is not None:
             body["steering"] = defaults.steering
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         return BatchLine(name, url, missing | body)
-    except ValueError as error:
-        return BatchLine(name, error=str(error))
+    except (ValueError, TypeError, RecursionError) as error:
+        return BatchLine(name, error=_reason(error))
+
+
+def _custom_id(row: Any) -> str | None:
+    found = row.get("custom_id") if isinstance(row, Mapping) else None
+    if found in (None, ""):
+        return None
+    if isinstance(found, bool) or not isinstance(found, str | int) or len(str(found)) > LONGEST_ID:
+        raise InvalidLineError(f"custom_id is {repr(found)[:80]}; it must be a text of at most {LONGEST_ID} characters")
+    str(found).encode()
+    return str(found)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return f"the line holds text that is not UTF-8 (or half of a surrogate pair): {error.reason}"  # type: ignore[attr-defined]
+    if isinstance(error, RecursionError):
+        return "the line is nested too deeply"
+    return str(error)
 
 
 def _is_openai(row: Any) -> bool:
@@ -108,22 +133,56 @@ def _plain_body(row: Any, defaults: Defaults) -> dict[str, Any]:
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     for number, text in _text(path):
+        if isinstance(text, InvalidLineError):
+            yield number, text
+            continue
         try:
-            yield number, json.loads(text)
-        except ValueError as error:
+            yield number, json.loads(text, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
             yield number, InvalidLineError(f"line {number} is not JSON: {error}")
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
 def _text(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, text in enumerate(file, 1):
-            if stripped := text.strip():
+    for number, raw in enumerate(_raw_lines(path), 1):
+        if raw is None:
+            yield number, InvalidLineError(f"line {number} is longer than {LONGEST_LINE} bytes")
+            continue
+        try:
+            if stripped := raw.decode("utf-8").strip():
                 yield number, stripped
+        except UnicodeDecodeError as error:
+            yield number, InvalidLineError(f"line {number} is not UTF-8: {error.reason} at byte {error.start + 1}")
 
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from enumerate(csv.DictReader(file), 1)
+    """Bytes that are not UTF-8 become lone surrogates here, which `_line` refuses: so a bad cell costs its row alone."""
+
+    def texts() -> Iterator[str]:
+        for number, raw in enumerate(_raw_lines(path), 1):
+            if raw is None:
+                raise DataError(f"line {number} of {path} is longer than {LONGEST_LINE} bytes; shorten or remove it")
+            yield raw.decode("utf-8", "surrogateescape")
+
+    csv.field_size_limit(LONGEST_LINE)  # of the whole process: the module has no other
+    yield from enumerate(csv.DictReader(texts()), 1)
+
+
+def _raw_lines(path: Path) -> Iterator[bytes | None]:
+    """The lines with their ends and without a byte order mark; None for one that is too long, which is never held whole."""
+    with path.open("rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
+        while line := file.readline(LONGEST_LINE):
+            if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+                yield line
+                continue
+            while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                pass
+            yield None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from atoms.errors import ConfigError, DataError
+from atoms.errors import ConfigError, DataError, StorageError
 from atoms.storage import read_json, replaced_file, storage_errors, write_json
 
 _SYNC_SECONDS = 1.0
@@ -30,20 +31,29 @@ class CustomIds:
         self._rows.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, answered INTEGER, read INTEGER) WITHOUT ROWID")
         self.answered = 0
 
+    def _execute(self, query: str, custom_id: str) -> sqlite3.Cursor:
+        try:
+            return self._rows.execute(query, (custom_id,))
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"the temporary file of custom ids cannot be written: {error}; free disk space in {tempfile.gettempdir()}, "
+                "or set SQLITE_TMPDIR"
+            ) from error
+
     def add_answered(self, custom_id: str) -> bool:
         """False if it had been answered before."""
         query = "INSERT OR IGNORE INTO ids VALUES (?, 1, 0)"
-        added = self._rows.execute(query, (custom_id,)).rowcount == 1
+        added = self._execute(query, custom_id).rowcount == 1
         self.answered += added
         return added
 
     def add_read(self, custom_id: str) -> bool:
         """False if the input has had it before."""
         query = "INSERT INTO ids VALUES (?, 0, 1) ON CONFLICT (id) DO UPDATE SET read = 1 WHERE read = 0"
-        return self._rows.execute(query, (custom_id,)).rowcount == 1
+        return self._execute(query, custom_id).rowcount == 1
 
     def is_answered(self, custom_id: str) -> bool:
-        return self._rows.execute("SELECT 1 FROM ids WHERE id = ? AND answered", (custom_id,)).fetchone() is not None
+        return self._execute("SELECT 1 FROM ids WHERE id = ? AND answered", custom_id).fetchone() is not None
 
     def close(self) -> None:
         self._rows.close()
@@ -59,14 +69,20 @@ class Results:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line. Raises StorageError."""
-        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
-        with storage_errors(Path(self._file.name)):
+        # A lone surrogate, which UTF-8 has not, becomes \\udXXX, which is how JSON writes it.
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        try:
             written = self._file.write(data)
             while written < len(data):
                 written += self._file.write(data[written:])
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {os.fspath(self._file.name)}: {error.strerror or error}; the answers in it are kept: "
+                "free disk space, then run the command again"
+            ) from error
 
 
 @contextmanager

@@ -1,31 +1,41 @@
 """`chat`: a conversation in the terminal, whose mix can be changed between turns.
 
 Lines that begin with a slash are commands; all others are the user's turns. Answers go to standard output, everything
-else to standard error when the input is no terminal, so that a piped conversation prints its answers alone.
+else to standard error when the input is no terminal, so that a piped conversation prints its answers alone. Line editing,
+history and completion are in `terminal.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from atoms.errors import AtomsteerError
 from atoms.mix import parse_mix
 from clients.connection import Connection, connect
-from server.embedded.load import EngineOptions
+from clients.terminal import line_reader
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-_HISTORY_LINES = 1000
+    from server.embedded.load import EngineOptions
+
+COLUMN_WIDTH = 40
+"""Least width of a column in which an answer can be read."""
+COMMANDS = ("/mix", "/atoms", "/compare", "/history", "/reset", "/help", "/quit")
 HELP = """\
 /mix [a=2,b=-1]   show the mix, or set it; "/mix none" answers unsteered
 /atoms            list the atoms of the server
-/compare TEXT     answer TEXT without steering and with the mix, outside the conversation
+/compare [TEXT]   answer TEXT, or the last question again, unsteered and with the mix, from one seed; not kept
+/history          show the conversation
 /reset            forget the conversation
 /help             this list
 /quit             leave (or end of input)"""
@@ -49,17 +59,38 @@ class Chat:
     system: str | None = None
     mix: dict[str, float] = field(default_factory=dict)
     turns: list[dict[str, str]] = field(default_factory=list)
+    atoms: list[str] = field(default_factory=list)
+    """Names of the server's atoms, for completion."""
 
     async def say(self, text: str) -> None:
         """Streams the answer to `text` and keeps both turns; a turn that fails or is interrupted is not kept."""
-        answer = await self._stream([*self.turns, {"role": "user", "content": text}], self.mix)
+        answer = await self._stream([*self.turns, {"role": "user", "content": text}], self.mix, self.sampling)
         self.turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     async def compare(self, text: str) -> None:
-        """Answers `text` alone, unsteered and with the mix."""
-        for title, mix in (("unsteered", {}), (self.described(), self.mix)):
-            notice(f"[{title}]")
-            await self._stream([{"role": "user", "content": text}], mix)
+        """Answers `text` alone, or the last question where it was asked, unsteered and with the mix, from the same seed."""
+        messages = [{"role": "user", "content": text}] if text else self.turns[:-1]
+        if not messages:
+            raise NoCommandError("there is no question to compare yet; ask one, or give /compare a TEXT")
+        sampling = {"seed": secrets.randbelow(1 << 31)} | self.sampling
+        columns = {"unsteered": {}, self.described(): self.mix}
+        if len(columns) == 1:
+            raise NoCommandError("the mix is empty, so both answers would be the same; set one with /mix")
+        if not sys.stdout.isatty() or Console().width < COLUMN_WIDTH * len(columns):
+            for title, mix in columns.items():
+                notice(f"[{title}]")
+                await self._stream(messages, mix, sampling)
+            return
+        answers = await asyncio.gather(*(self._whole(messages, mix, sampling) for mix in columns.values()))
+        table = Table(expand=True)
+        for title in columns:
+            table.add_column(Text(title), ratio=1, overflow="fold")
+        table.add_row(*map(Text, answers))
+        Console().print(table)
+
+    def show_history(self) -> None:
+        for turn in self.turns:
+            notice(f"{turn['role']}: {turn['content']}")
 
     async def set_mix(self, text: str) -> None:
         """Takes the mix if the server does; the old one stays otherwise."""
@@ -69,23 +100,47 @@ class Chat:
         notice(f"[{self.described()}; predicted KL {echo['steering']['predicted_kl']:.3f} nats a token]")
 
     async def show_atoms(self) -> None:
-        for atom in (await self.client.get("/atoms", cast_to=dict[str, Any]))["data"]:
+        for atom in await self.list_atoms():
             low, high = atom["sound_range"] or atom["tested_range"]
             notice(f"{atom['name']:<24} {low:g} … {high:g}  {' '.join(atom['keywords'][:6])}")
+
+    async def list_atoms(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = (await self.client.get("/atoms", cast_to=dict[str, Any]))["data"]
+        self.atoms = [atom["name"] for atom in found]
+        return found
+
+    def completions(self, line: str) -> list[str]:
+        """What the last word of `line` may go on to: commands, or after ``/mix`` the names of atoms."""
+        *before, word = line.split(" ")
+        if not before:
+            return [f"{command} " for command in COMMANDS if word.startswith("/") and command.startswith(word)]
+        if before != ["/mix"]:
+            return []
+        done, comma, name = word.rpartition(",")
+        return [f"{done}{comma}{atom}=" for atom in self.atoms if atom.startswith(name)]
 
     def described(self) -> str:
         return ", ".join(f"{name}={value:g}" for name, value in self.mix.items()) or "unsteered"
 
-    async def _stream(self, messages: list[dict[str, str]], mix: dict[str, float]) -> str:
-        """Prints an answer as it comes. Raises SteeringMissingError before anything is printed."""
+    async def _ask(
+        self, messages: list[dict[str, str]], mix: dict[str, float], sampling: dict[str, Any], **more: Any
+    ) -> Any:
+        """The raw answer. Raises SteeringMissingError."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked: Any = [*system, *messages]
-        stream: Any = await self.client.chat.completions.create(
-            model=self.model, messages=asked, stream=True, extra_body={"steering": {"atoms": mix}}, **self.sampling
-        )  # fmt: skip
-        if "x-atomsteer-mix" not in stream.response.headers:
-            await stream.close()
+        raw = await self.client.chat.completions.with_raw_response.create(
+            model=self.model, messages=asked, extra_body={"steering": {"atoms": mix}}, **sampling, **more
+        )
+        if "x-atomsteer-mix" not in raw.headers:
             raise SteeringMissingError("the server ignores steering; is it an atomsteer server?")
+        return raw.parse()
+
+    async def _whole(self, messages: list[dict[str, str]], mix: dict[str, float], sampling: dict[str, Any]) -> str:
+        return (await self._ask(messages, mix, sampling)).choices[0].message.content or ""
+
+    async def _stream(self, messages: list[dict[str, str]], mix: dict[str, float], sampling: dict[str, Any]) -> str:
+        """Prints an answer as it comes."""
+        stream = await self._ask(messages, mix, sampling, stream=True)
         pieces: list[str] = []
         try:
             async for chunk in stream:
@@ -107,8 +162,10 @@ class Chat:
             await self.set_mix(rest) if rest else notice(f"[{self.described()}]")
         elif name == "atoms":
             await self.show_atoms()
-        elif name == "compare" and rest:
+        elif name == "compare":
             await self.compare(rest)
+        elif name == "history":
+            self.show_history()
         elif name == "reset":
             self.turns.clear()
             notice("[the conversation is forgotten]")
@@ -127,7 +184,7 @@ def run_chat(
     mix: list[str],
     system: str | None,
     sampling: dict[str, Any],
-    options: EngineOptions,
+    options: EngineOptions | None,
 ) -> None:
     """Talks until the input ends. Raises what `connect` raises; errors of single turns are shown, and the talk goes on."""
     with connect(package, server, key, options) as connection, asyncio.Runner() as runner:
@@ -143,7 +200,10 @@ def _talk(
     try:
         if mix:
             runner.run(chat.set_mix(",".join(mix)))
-        read = _reader()
+        if sys.stdin.isatty():
+            runner.run(chat.list_atoms())
+            notice("/help lists the commands")
+        read = line_reader(chat.completions)
         while (line := read()) is not None:
             if line.strip() and not _turn(runner, chat, line.strip()):
                 break
@@ -168,41 +228,3 @@ def _turn(runner: asyncio.Runner, chat: Chat, line: str) -> bool:
 
 def notice(text: str) -> None:
     print(text, file=sys.stdout if sys.stdin.isatty() else sys.stderr, flush=True)
-
-
-def _reader() -> Callable[[], str | None]:
-    """Gives the next line, None at the end. At a terminal with line editing, and with history kept between runs."""
-    terminal = sys.stdin.isatty()
-    if terminal:
-        _keep_history()
-        notice("/help lists the commands")
-
-    def read() -> str | None:
-        try:
-            return input("> " if terminal else "")
-        except EOFError:
-            return None
-
-    return read
-
-
-def _keep_history() -> None:
-    try:
-        import readline
-    except ImportError:  # not on Windows: there is no line editing then
-        return
-    import atexit
-    import contextlib
-
-    from platformdirs import user_state_path
-
-    path = user_state_path("atomsteer", appauthor=False, ensure_exists=True) / "chat_history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    readline.set_history_length(_HISTORY_LINES)
-
-    def save() -> None:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-
-    atexit.register(save)

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atoms.errors import ConfigError, EngineStoppedError
-from server.embedded.load import EngineOptions
+
+if TYPE_CHECKING:
+    from server.embedded.load import EngineOptions
 
 _MOST_WAITING = 1 << 16
 _START_SECONDS = 30
@@ -27,14 +30,21 @@ class Connection:
     model: str
 
 
+def check_source(package: Path | None, server: str | None) -> None:
+    """Raises ConfigError unless exactly one is given."""
+    if (package is None) == (server is None):
+        raise ConfigError("give one of --package (served in this process) and --server (a running server)")
+
+
 @contextmanager
-def connect(package: Path | None, server: str | None, key: str | None, options: EngineOptions) -> Iterator[Connection]:
-    """The server at `server`, or `package` served in this process until the block is left.
+def connect(
+    package: Path | None, server: str | None, key: str | None, options: EngineOptions | None = None
+) -> Iterator[Connection]:
+    """The server at `server`, or `package` served in this process with `options` until the block is left.
 
     Raises ConfigError unless exactly one is given, ServerAnswerError, and what `load_package` raises.
     """
-    if (package is None) == (server is None):
-        raise ConfigError("give one of --package (served in this process) and --server (a running server)")
+    check_source(package, server)
     if server is not None:
         yield _running(server, key)
     elif package is not None:
@@ -54,18 +64,20 @@ def _running(server: str, key: str | None) -> Connection:
 
 
 @contextmanager
-def _in_process(package: Path, options: EngineOptions) -> Iterator[Connection]:
+def _in_process(package: Path, options: EngineOptions | None) -> Iterator[Connection]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; see server/embedded/engine.py
     import uvicorn
 
     from server.config import ServeConfig
     from server.embedded.app import create_app
-    from server.embedded.load import load_package
+    from server.embedded.load import EngineOptions, load_package
     from server.embedded.serve import reserve_port
 
     key = secrets.token_urlsafe()
     with reserve_port("127.0.0.1", 0) as listener:
-        loaded = load_package(package, replace(options, max_waiting=_MOST_WAITING))  # the caller bounds the queue
+        loaded = load_package(
+            package, replace(options or EngineOptions(), max_waiting=_MOST_WAITING)
+        )  # the caller bounds the queue
         config = ServeConfig(package=package, api_keys=(key,), access_log=False)
         app = create_app(loaded.package, loaded.engine, config, vocabulary=loaded.vocabulary)
         settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)

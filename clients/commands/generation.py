@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clients.options import DeviceOption, DtypeOption, MixOption, ModelOption, PackageOption, quiet_libraries
+
+if TYPE_CHECKING:
+    from server.embedded.load import EngineOptions
 
 app = typer.Typer()
 
@@ -51,14 +54,11 @@ def chat(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Talk in the terminal; /mix, /atoms, /compare and /reset between turns."""
-    if server is None:
-        quiet_libraries()
     from clients.chat import run_chat
-    from server.embedded.load import EngineOptions
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
     run_chat(package=package, server=server, key=key, mix=mix or [], system=system, sampling=sampling,
-             options=EngineOptions(model=model, device=device, dtype=dtype, slots=2))  # fmt: skip
+             options=_engine_options(server, model, device, dtype, 2))  # fmt: skip
 
 
 @app.command()
@@ -76,7 +76,9 @@ def batch(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, where a line says nothing.")] = 256,
     temperature: Annotated[float, typer.Option(help="Where a line says nothing; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling, where a line says nothing.")] = None,
-    slots: Annotated[int, typer.Option(min=1, help="With --package: sequences decoded at once.")] = 16,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="With --package: sequences decoded at once; default: 16.")
+    ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, help="Requests in flight; default: twice the slots, or 32 with --server.")
     ] = None,
@@ -95,13 +97,13 @@ def batch(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Answer every line of a file under mixes. Run again after a stop: it resumes. Status 1 if lines failed."""
-    if not dry_run and server is None:
-        quiet_libraries()
     from atoms.mix import parse_mix
     from clients.batch import BatchConfig, print_dry_run, run_batch
     from clients.batch_lines import Defaults
-    from server.embedded.load import EngineOptions
 
+    if server is not None and slots is not None:
+        raise typer.BadParameter("--slots is for --package; the server has its own")
+    slots = slots or 16
     body = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
     config = BatchConfig(
         input=requests, out=out, defaults=Defaults(body, {"atoms": parse_mix(mix)} if mix else None, column, system),
@@ -110,9 +112,21 @@ def batch(
     )  # fmt: skip
     if dry_run:
         return print_dry_run(config, package=package, server=server, key=key)
-    options = EngineOptions(model=model, device=device, dtype=dtype, slots=slots)
+    options = _engine_options(server, model, device, dtype, slots)
     outcome = run_batch(config, package=package, server=server, key=key, options=options)
     rate = f", {outcome.tokens / outcome.seconds:.1f} tok/s" if outcome.seconds else ""
     print(f"{out}: {outcome.done} lines answered, {outcome.failed} of them failed{rate}")
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _engine_options(server: str | None, model: str | None, device: str, dtype: str, slots: int) -> EngineOptions | None:
+    """How to load a model in this process; None for a server, which needs no torch here. Raises typer.BadParameter."""
+    if server is not None:
+        if (model, device, dtype) != (None, "auto", "auto"):
+            raise typer.BadParameter("--model, --device and --dtype are for --package; the server has its own")
+        return None
+    quiet_libraries()
+    from server.embedded.load import EngineOptions
+
+    return EngineOptions(model=model, device=device, dtype=dtype, slots=slots)

@@ -23,7 +23,7 @@ def named_package(real_package: Package, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("named") / "package"
     shutil.copytree(real_package.path, path)
     package = Package.read(path)
-    for card, alias in zip(package.manifest.atoms, ("bulleted-list", "yes-no"), strict=False):
+    for card, alias in zip(package.manifest.atoms, ("numbered-list", "one-word"), strict=False):
         package = package.relabel(card.id, alias)
     return package
 
@@ -36,7 +36,7 @@ def real_server(
     home = tmp_path_factory.mktemp("serve")
     options = [
         "--package", str(named_package.path), "--model", str(smol_path), "--dtype", "float32", "--served-model-name", "demo", "--admin-key", ADMIN_KEY,
-        "--preset", "lists=bulleted-list=1.5", "--database", f"sqlite:///{home / 'atomsteer.db'}",
+        "--preset", "lists=numbered-list=1.5", "--database", f"sqlite:///{home / 'atomsteer.db'}",
     ]  # fmt: skip
     with serving(options, home / "log") as url:
         yield url + "/v1"

@@ -65,7 +65,7 @@ def test_a_run_killed_twice_gives_what_an_unbroken_one_gives(
     named_package: Package, real_server: str, smol_path: Path, tmp_path: Path
 ) -> None:
     """The killed runs decode in their own process, the unbroken one on a server: both ways must agree too."""
-    mixes = [None, {"atoms": {"bulleted-list": 3}}, {"atoms": {"yes-no": -3}}]
+    mixes = [None, {"atoms": {"numbered-list": 3}}, {"atoms": {"one-word": -3}}]
     source = write(tmp_path / "in.jsonl", [request(n, mixes[n % 3]) for n in range(LINES)])
     out, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     local = (source, "--out", out, "--package", named_package.path, "--model", smol_path, "--dtype", "float32")
@@ -109,7 +109,7 @@ def test_lines_that_cannot_be_answered_say_why_and_can_be_tried_again(real_serve
     again = batch(source, "--out", out, "--server", real_server)
     again.communicate()
     assert out.read_bytes() == before, "all lines were there: nothing may be added"
-    changed = batch(source, "--out", out, "--server", real_server, "--mix", "yes-no=1")
+    changed = batch(source, "--out", out, "--server", real_server, "--mix", "one-word=1")
     assert "was begun with steering" in changed.communicate()[1] and changed.returncode == 2
     gone = batch(source, "--out", tmp_path / "x.jsonl", "--server", "http://127.0.0.1:9", "--max-retries", 0)
     assert "cannot be reached" in gone.communicate()[1] and gone.returncode == 2
@@ -118,10 +118,10 @@ def test_lines_that_cannot_be_answered_say_why_and_can_be_tried_again(real_serve
 def test_a_dry_run_counts_predicts_and_writes_nothing(named_package: Package, tmp_path: Path) -> None:
     source = write(tmp_path / "in.txt", ["Name a fruit.", "", "Name a tree."])
     process = batch(
-        source, "--out", tmp_path / "out.jsonl", "--package", named_package.path, "--mix", "yes-no=2", "--dry-run"
+        source, "--out", tmp_path / "out.jsonl", "--package", named_package.path, "--mix", "one-word=2", "--dry-run"
     )
     printed, errors = process.communicate()
-    kl = named_package.predicted_kl(named_package.mix({"yes-no": 2.0}))
+    kl = named_package.predicted_kl(named_package.mix({"one-word": 2.0}))
     assert process.returncode == 0 and "2 lines: 0 answered, 2 to do" in printed and f"{kl:.4f}" in printed, errors
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 

@@ -1,9 +1,15 @@
-"""`atomsteer chat` with its input from a pipe."""
+"""`atomsteer chat` with its input from a pipe, and at a real terminal."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
 
 from atoms.package import Package
 
@@ -29,15 +35,104 @@ def chat(lines: list[str], *arguments: object) -> tuple[list[str], str]:
 def test_a_piped_conversation_prints_answers_and_obeys_commands(real_server: str, named_package: Package) -> None:
     asked = "Name a fruit."
     out, errors = chat(
-        [asked, "/mix bulleted-list=3", "/mix", "/reset", asked, "/compare " + asked, "/mix nope=1", "/atoms", "/what",
+        [asked, "/mix numbered-list=3", "/mix", "/reset", asked, "/compare " + asked, "/mix nope=1", "/atoms", "/what",
          "/mix none", "/reset", asked, "/quit", "never read"],
         "--server", real_server,
     )  # fmt: skip
-    kl = named_package.predicted_kl(named_package.mix({"bulleted-list": 3.0}))
-    assert f"[bulleted-list=3; predicted KL {kl:.3f} nats a token]" in errors
+    kl = named_package.predicted_kl(named_package.mix({"numbered-list": 3.0}))
+    assert f"[numbered-list=3; predicted KL {kl:.3f} nats a token]" in errors
     assert "unknown atom 'nope'" in errors and "'/what' is no command" in errors
     assert all(card.name in errors for card in named_package.manifest.atoms)
     plain, steered, compared_plain, compared_steered, last = out
     assert plain == compared_plain == last, "the same question without steering, after a reset, has the same answer"
     assert steered == compared_steered
     assert "never read" not in errors
+
+
+def test_what_cannot_be_compared_is_said(real_server: str) -> None:
+    out, errors = chat(["/compare", "/compare Name a fruit.", "/history", "/quit"], "--server", real_server)
+    assert not out
+    assert "there is no question to compare yet" in errors and "the mix is empty" in errors
+
+
+Terminal = Callable[..., pexpect.spawn]
+
+
+@pytest.fixture
+def terminal(real_server: str, tmp_path: Path) -> Iterator[Terminal]:
+    """`terminal(columns)`: a chat at a terminal, greedy, with its state in `tmp_path`; it must end well."""
+    started = []
+
+    def start(columns: int = 120, max_tokens: int = 8) -> pexpect.spawn:
+        arguments = ["-m", "clients.cli", "chat", "--server", real_server, "--temperature", "0"]
+        environment = {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        child = pexpect.spawn(sys.executable, [*arguments, "--max-tokens", str(max_tokens)], dimensions=(40, columns),
+                              env=environment, encoding="utf-8", timeout=120)  # fmt: skip
+        started.append(child)
+        child.expect_exact("> ")
+        return child
+
+    yield start
+    for child in started:
+        child.sendeof()
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+
+
+def test_commands_and_atoms_complete_and_lines_are_remembered(terminal: Terminal) -> None:
+    child = terminal()
+    child.send("/mi\tnum\t2\r")
+    child.expect_exact("[numbered-list=2; predicted KL")
+    child.expect_exact("> ")
+    child.send("/mix numbered-list=2,one\t1\r")
+    child.expect_exact("[numbered-list=2, one-word=1; predicted KL")
+    child.sendline("/history")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child = terminal()
+    child.send("\x1b[A\x1b[A\r")  # twice up: the line before the last of the run before
+    child.expect_exact("[numbered-list=2, one-word=1; predicted KL")
+
+
+def test_answers_stand_side_by_side_where_the_terminal_is_wide(terminal: Terminal) -> None:
+    for columns, together in ((120, True), (60, False)):
+        child = terminal(columns)
+        child.sendline("/mix numbered-list=3")
+        child.expect_exact("nats a token]")
+        child.sendline("/compare Name three fruits.")
+        child.expect("unsteered.*> ")
+        headed = [line for line in child.after.splitlines() if "unsteered" in line]
+        assert len(headed) == 1 and ("numbered-list=3" in headed[0]) == together
+
+
+def test_a_question_is_compared_again_where_it_was_asked(terminal: Terminal) -> None:
+    child = terminal()
+    child.sendline("Name a fruit.")
+    child.expect_exact("> ")
+    child.sendline("/history")
+    child.expect(r"user: Name a fruit\.\s+assistant: (\S+)")
+    first_word = child.match[1]
+    child.sendline("/mix numbered-list=3")
+    child.expect_exact("nats a token]")
+    child.sendline("/compare")
+    child.expect("unsteered.*> ")
+    assert first_word in child.after
+    child.sendline("/history")
+    child.expect("user: .*> ")
+    assert child.after.count("user: ") == 1, "a comparison is no part of the conversation"
+
+
+def test_ctrl_c_stops_the_answer_and_drops_the_line_but_not_the_chat(terminal: Terminal) -> None:
+    child = terminal(max_tokens=2000)
+    child.sendline("Count from one to a thousand, one number a line.")
+    child.expect(r"one number a line\.\s+\S+")
+    child.sendintr()
+    child.expect_exact("[stopped]")
+    child.send("half a line")
+    child.sendintr()
+    child.expect_exact("> ")
+    child.sendline("/history")
+    child.sendline("/mix")
+    child.expect_exact("[unsteered]")
+    assert not re.search("user: ", child.before), "a turn that was stopped is not kept"

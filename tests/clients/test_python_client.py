@@ -21,7 +21,9 @@ ASK = {
     "temperature": 0,
 }
 COMPLETE = {"model": "demo", "prompt": "One, two,", "max_tokens": 4, "temperature": 0}
-MIX = {"bulleted-list": 2}
+MIX = {"numbered-list": 2}
+WHOLE = ASK | {"max_tokens": 64, "stop": ["a", "e", "i", "o", "u"]}
+"""An answer that ends by itself, as OpenAI's helpers want it."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def client(real_server: str) -> Iterator[Client]:
 
 @pytest.fixture
 def expected(named_package: Package) -> Echo:
-    mix = named_package.mix({"bulleted-list": 2.0})
+    mix = named_package.mix({"numbered-list": 2.0})
     return Echo(
         mix=named_package.digest(mix), atoms=mix.as_dict(), predicted_kl=named_package.predicted_kl(mix), scaled_by=1.0
     )
@@ -55,10 +57,22 @@ def test_every_call_that_generates_takes_steering_and_gives_a_typed_echo(client:
     raw = client.chat.completions.with_raw_response.create(**ASK, steering=MIX)
     assert raw.headers["x-atomsteer-mix"] == expected.mix
     check(raw.parse().steering, expected)
-    with client.chat.completions.stream(**ASK, steering=MIX) as stream:
+    with client.chat.completions.stream(**WHOLE, steering=MIX) as stream:
         check(echo_of(stream.get_final_completion()), expected)
-    check(echo_of(client.chat.completions.parse(**ASK, steering=MIX)), expected)
+    check(echo_of(client.chat.completions.parse(**WHOLE, steering=MIX)), expected)
     check(client.with_options(timeout=60).chat.completions.create(**ASK, steering=MIX).steering, expected)
+
+
+def test_the_responses_api_is_steered_and_echoed(client: Client, expected: Echo) -> None:
+    asked = {"model": "demo", "input": "Name three fruits.", "max_output_tokens": 8, "temperature": 0, "steering": MIX}
+    whole = client.responses.create(**asked)
+    check(whole.steering, expected)
+    events = list(client.responses.create(**asked, stream=True))
+    assert events[0].type == "response.created"
+    check(echo_of(events[0]), expected)
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    assert whole.output_text == client.chat.completions.create(**ASK, steering=MIX).choices[0].message.content
 
 
 async def test_the_asynchronous_client_does_the_same(real_server: str, expected: Echo) -> None:
@@ -70,12 +84,14 @@ async def test_the_asynchronous_client_does_the_same(real_server: str, expected:
         check(chunks[0].steering, expected)
         assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
         check((await client.completions.create(**COMPLETE, steering=MIX)).steering, expected)
-        async with client.chat.completions.stream(**ASK, steering=MIX) as helper:
+        response = await client.responses.create(model="demo", input="Hi", max_output_tokens=4, steering=MIX)
+        check(response.steering, expected)
+        async with client.chat.completions.stream(**WHOLE, steering=MIX) as helper:
             check(echo_of(await helper.get_final_completion()), expected)
         check(await client.steering.preview(MIX), expected)
-        assert [atom.name for atom in await client.atoms.search("bulleted")] == ["bulleted-list"]
+        assert [atom.name for atom in await client.atoms.search("numbered")] == ["numbered-list"]
         assert (await client.presets.get("lists")).fixed
-        plain, steered = await client.compare("Name three fruits.", [{"bulleted-list": 3}], max_tokens=8, temperature=0)
+        plain, steered = await client.compare("Name three fruits.", [{"numbered-list": 3}], max_tokens=8, temperature=0)
         assert plain.steering.atoms == {} and list(steered.steering.atoms.values()) == [3.0]
 
 
@@ -93,10 +109,10 @@ def test_steering_takes_the_wire_form_and_says_nothing_when_it_is_left_out(clien
 
 def test_atoms_and_preview(client: Client, named_package: Package, expected: Echo) -> None:
     assert [atom.id for atom in client.atoms.list()] == [card.id for card in named_package.manifest.atoms]
-    card = named_package.card("bulleted-list")
-    atom = client.atoms.get("bulleted-list")
+    card = named_package.card("numbered-list")
+    atom = client.atoms.get("numbered-list")
     assert (atom.id, tuple(atom.tested_range), atom.keywords) == (card.id, card.tested_range, card.keywords)
-    assert client.atoms.search(f"{card.keywords[0]} bulleted")[0].id == card.id
+    assert client.atoms.search(f"{card.keywords[0]} numbered")[0].id == card.id
     assert not client.atoms.search("no-atom-is-called-so")
     with pytest.raises(openai.NotFoundError):
         client.atoms.get("../models")
@@ -106,24 +122,24 @@ def test_atoms_and_preview(client: Client, named_package: Package, expected: Ech
 
 def test_compare_sets_the_unsteered_answer_beside_the_steered_ones(client: Client) -> None:
     plain, low, high = client.compare(
-        "Name three fruits.", [{"bulleted-list": -3}, {"bulleted-list": 3}], max_tokens=12, temperature=0.8
+        "Name three fruits.", [{"numbered-list": -3}, {"numbered-list": 3}], max_tokens=12, temperature=0.8
     )
     assert plain.mix is None and plain.steering.atoms == {}
     assert [list(c.steering.atoms.values()) for c in (low, high)] == [[-3.0], [3.0]]
-    again = client.compare("Name three fruits.", [{"bulleted-list": 3}], max_tokens=12, temperature=0.8)
+    again = client.compare("Name three fruits.", [{"numbered-list": 3}], max_tokens=12, temperature=0.8)
     assert [c.text for c in again] == [plain.text, high.text], "the same seed must give the same answers"
     assert len({plain.text, low.text, high.text}) > 1
 
 
 def test_presets_and_experiments(client: Client) -> None:
-    preset = client.presets.set("brief", {"yes-no": 1})
+    preset = client.presets.set("brief", {"one-word": 1})
     assert (preset.version, preset.fixed, client.presets.get("brief").atoms) == (1, False, preset.atoms)
     assert client.chat.completions.create(**ASK, steering={"preset": "brief"}).steering.atoms == preset.atoms
     with pytest.raises(openai.ConflictError):
-        client.presets.set("brief", {"yes-no": 2}, if_version=7)
+        client.presets.set("brief", {"one-word": 2}, if_version=7)
     client.presets.delete("brief")
     assert "brief" not in [preset.name for preset in client.presets.list()]
-    arms = [{"name": "weak", "atoms": {"bulleted-list": 1}}, {"name": "strong", "atoms": {"bulleted-list": 2}}]
+    arms = [{"name": "weak", "atoms": {"numbered-list": 1}}, {"name": "strong", "atoms": {"numbered-list": 2}}]
     client.experiments.create(
         name="lists", arms=arms, metrics=[{"name": "liked", "kind": "proportion", "goal": "increase"}]
     )

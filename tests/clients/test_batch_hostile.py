@@ -1,0 +1,327 @@
+"""`atomsteer batch` under hostile files, a full disk, Ctrl-C, and servers that are busy, die, or come back.
+
+The servers here are scripted, because a real one cannot be told when to refuse; batches on the real one are in
+test_batch.py.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from atoms.errors import ConfigError, DataError
+from clients import batch_lines
+from clients.batch import BatchConfig, run_batch, scan_for_dry_run
+from clients.batch_lines import Defaults, read_lines
+
+Plan = Callable[[dict, int], tuple[int, dict[str, str]]]
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers as `server.plan(body, tries)` says, where `tries` counts the requests with this prompt."""
+
+    protocol_version = "HTTP/1.1"
+    server: ScriptedServer
+
+    def do_GET(self) -> None:
+        self._answer(200, {"data": [{"id": "m", "parent": None}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["prompt"]
+        with self.server.lock:
+            self.server.asked.append((time.monotonic(), prompt))
+            tries = sum(prompt == other for _, other in self.server.asked)
+        status, headers = self.server.plan(body, tries)
+        usage = {"completion_tokens": 1}
+        answer = {
+            "id": "x",
+            "choices": [{"text": "t"}],
+            "usage": usage,
+            "error": {"message": "scripted", "code": "busy"},
+        }
+        self._answer(status, answer, {"X-Atomsteer-Mix": "d", **headers})
+
+    def _answer(self, status: int, body: dict, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class ScriptedServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, plan: Plan, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Scripted)
+        self.plan, self.lock = plan, threading.Lock()
+        self.asked: list[tuple[float, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+@contextmanager
+def scripted(plan: Plan, port: int = 0) -> Iterator[ScriptedServer]:
+    server = ScriptedServer(plan, port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def good(body: dict, tries: int) -> tuple[int, dict[str, str]]:
+    return 200, {}
+
+
+def write_requests(path: Path, count: int) -> Path:
+    line = '{{"custom_id": "r{0}", "url": "/v1/completions", "body": {{"prompt": "p{0}"}}}}\n'
+    path.write_text("".join(line.format(number) for number in range(count)))
+    return path
+
+
+def config(source: Path, **changes: object) -> BatchConfig:
+    settings = {"out": source.with_name("out.jsonl"), "defaults": Defaults({}), "concurrency": 4, "quiet": True}
+    return BatchConfig(source, **(settings | changes))  # type: ignore[arg-type]
+
+
+def answered(source: Path) -> dict[str, dict]:
+    lines = [json.loads(line) for line in source.with_name("out.jsonl").read_bytes().splitlines()]
+    assert len({line["custom_id"] for line in lines}) == len(lines), "a custom_id is there twice"
+    return {line["custom_id"]: line for line in lines}
+
+
+def run(source: Path, url: str, **changes: object):
+    return run_batch(config(source, **changes), package=None, server=url, key=None, options=None)
+
+
+def command(source: Path, url: str, *more: str) -> list[str]:
+    out = str(source.with_name("out.jsonl"))
+    return [sys.executable, "-m", "clients.cli", "batch", str(source), "--out", out, "--server", url, "--quiet", *more]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_tried_again_when_it_says(tmp_path: Path, status: int) -> None:
+    def busy(body: dict, tries: int) -> tuple[int, dict[str, str]]:
+        return (status, {"Retry-After": "1"}) if tries <= 2 and body["prompt"] == "p1" else (200, {})
+
+    source = write_requests(tmp_path / "in.jsonl", 3)
+    with scripted(busy) as server:
+        outcome = run(source, server.url)
+        times = [when for when, prompt in server.asked if prompt == "p1"]
+    assert (outcome.done, outcome.failed) == (3, 0)
+    assert len(times) == 3 and all(after - before >= 1 for before, after in pairwise(times))
+    assert all(line["error"] is None for line in answered(source).values())
+
+
+def test_a_line_that_stays_refused_is_an_error_and_can_be_tried_again(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 3)
+
+    def broken(body: dict, tries: int) -> tuple[int, dict[str, str]]:
+        return (503, {"Retry-After": "0.01"}) if body["prompt"] == "p1" else (200, {})
+
+    with scripted(broken) as server:
+        assert run(source, server.url, max_retries=2).failed == 1
+        assert [prompt for _, prompt in server.asked].count("p1") == 3
+        line = answered(source)["r1"]
+        assert (
+            line["error"]["code"] == "busy"
+            and "scripted" in line["error"]["message"]
+            and line["response"]["status_code"] == 503
+        )
+        server.plan = good
+        again = run(source, server.url, retry_failed=True)
+    assert (again.done, again.failed) == (1, 0)
+    assert all(line["error"] is None for line in answered(source).values())
+
+
+def test_a_server_that_dies_midway_stops_the_run_and_a_resumed_one_completes_it(tmp_path: Path) -> None:
+    """The first server drops dead after 20 answers, with requests in flight; the second takes its place."""
+    source = write_requests(tmp_path / "in.jsonl", 60)
+    with scripted(good) as server:
+        port = server.server_port
+
+        def dying(body: dict, tries: int) -> tuple[int, dict[str, str]]:
+            if len(server.asked) > 20:
+                server.socket.close()
+                raise ConnectionError("the server is dead")
+            return 200, {}
+
+        server.plan, server.handle_error = dying, lambda request, address: None
+        stopped = subprocess.run(command(source, server.url, "--max-retries", "1"), capture_output=True, text=True)
+    assert stopped.returncode == 2 and "cannot be reached" in stopped.stderr and "Traceback" not in stopped.stderr
+    kept = answered(source)
+    assert 1 <= len(kept) <= 20
+    with scripted(good, port) as server:
+        resumed = subprocess.run(command(source, server.url), capture_output=True, text=True)
+        assert not {f"p{name[1:]}" for name in kept} & {prompt for _, prompt in server.asked}, (
+            "an answer was asked twice"
+        )
+    assert resumed.returncode == 0, resumed.stderr
+    assert set(answered(source)) == {f"r{number}" for number in range(60)}
+
+
+def test_ctrl_c_keeps_what_is_answered(tmp_path: Path) -> None:
+    def slow(body: dict, tries: int) -> tuple[int, dict[str, str]]:
+        time.sleep(0.05)
+        return 200, {}
+
+    source = write_requests(tmp_path / "in.jsonl", 400)
+    with scripted(slow) as server:
+        process = subprocess.Popen(
+            command(source, server.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while len(server.asked) < 100:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        before = answered(source)
+        assert 0 < len(before) < 400
+        subprocess.run(command(source, server.url), check=True, capture_output=True)
+    assert len(answered(source)) == 400 and before.items() <= answered(source).items()
+
+
+def test_a_full_disk_stops_the_run_and_room_completes_it(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: writing fails in the middle of a line."""
+    source = write_requests(tmp_path / "in.jsonl", 60)
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+
+    with scripted(good) as server:
+        full = subprocess.run(command(source, server.url), capture_output=True, text=True, preexec_fn=small_disk)
+        assert full.returncode == 2 and "free disk space" in full.stderr and "Traceback" not in full.stderr, full.stderr
+        assert (tmp_path / "out.jsonl").stat().st_size == 5000, (
+            "the last line must be torn for this test to mean something"
+        )
+        subprocess.run(command(source, server.url), check=True, capture_output=True)
+    assert set(answered(source)) == {f"r{number}" for number in range(60)}
+
+
+def test_every_bad_line_is_answered_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_lines, "LONGEST_LINE", 4096)
+    body = b'"url": "/v1/completions", "body": {"prompt": "p"}}\r\n'
+    lines = [
+        (b"\xef\xbb\xbf" + b'{"custom_id": "bom-and-crlf", ' + body, None),
+        (b'{"prompt": "\xff\xfe"}\n', "not UTF-8"),
+        (b'{"prompt": "\\ud800"}\n', "surrogate"),
+        (b'{"custom_id": "\\ud800", ' + body, "surrogate"),
+        (b'{"prompt": "a", "steering": {"atoms": {"x": NaN}}}\n', "NaN"),
+        (b'{"prompt": "a", "steering": {"atoms": {"x": 1e999}}}\n', "JSON compliant"),
+        (b"[" * 2000 + b"\n", "not JSON"),
+        (b'{"prompt": "' + b"x" * 100_000 + b'"}\n', "longer than"),
+        (b'{"custom_id": {"a": 1}, ' + body, "custom_id"),
+        (b'{"custom_id": "' + b"i" * 600 + b'", ' + body, "custom_id"),
+        (b'{"custom_id": "get", "method": "GET", ' + body, "method"),
+        (b'{"custom_id": "stream", "body": {"messages": [], "stream": true}}\n', "stream"),
+        (b"3\n", "prompt"),
+        (b'{"prompt": ""}\n', "prompt"),
+        (b'{"custom_id": "no-newline-at-the-end", ' + body.strip(), None),
+    ]  # fmt: skip
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"".join(line for line, _ in lines))
+    read = list(read_lines(source, Defaults({})))
+    for line, (raw, reason) in zip(read, lines, strict=True):
+        assert (line.error is None) if reason is None else (reason in str(line.error)), (raw[:80], line)
+    with scripted(good) as server:
+        outcome = run(source, server.url)
+        assert [prompt for _, prompt in server.asked] == ["p", "p"]
+    assert (outcome.done, outcome.failed) == (len(lines), len(lines) - 2)
+    assert {line.custom_id for line in read} == set(answered(source))
+    assert {"bom-and-crlf", "no-newline-at-the-end", "line-2", "line-4", "line-9", "get"} < set(answered(source))
+
+
+def test_tables_with_bad_cells_cost_a_row_each(tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_bytes(
+        b'\xef\xbb\xbfprompt,steering,custom_id\r\nok,,a\r\n"\xff",,b\r\nok,not json,c\r\nok,"{""preset"": ""p""}",d\r\n'
+    )
+    read = {line.custom_id: line for line in read_lines(source, Defaults({}))}
+    assert {name: bool(line.error) for name, line in read.items()} == {"a": False, "b": True, "c": True, "d": False}
+    assert read["d"].body["steering"] == {"preset": "p"} and "steering" not in read["a"].body
+
+
+def test_files_that_cannot_be_a_batch_are_refused_whole(tmp_path: Path) -> None:
+    empty = tmp_path / "in.jsonl"
+    empty.touch()
+    with scripted(good) as server:
+        assert run(empty, server.url).done == 0 and not answered(empty)
+        twice = write_requests(tmp_path / "twice.jsonl", 1)
+        twice.write_text(twice.read_text() * 2)
+        with pytest.raises(DataError, match="'r0' twice"):
+            run(twice, server.url)
+        with pytest.raises(ConfigError, match="which is the input"):
+            run(twice, server.url, out=twice)
+        with pytest.raises(DataError, match="absent"):
+            run(tmp_path / "absent.jsonl", server.url, out=tmp_path / "new.jsonl")
+        assert not server.asked
+    unclosed = tmp_path / "in.csv"
+    unclosed.write_bytes(b'prompt\n"' + b"x\n" * (batch_lines.LONGEST_LINE // 2 + 10))
+    with pytest.raises(DataError, match="field limit"):
+        list(read_lines(unclosed, Defaults({})))
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """A gigabyte in one line, and a hundred thousand lines: the scan of either keeps less than 50 MiB above that of one."""
+    line = b'{"custom_id": "r%d", "prompt": "Name a fruit.", "steering": {"atoms": {"a": %d}}}\n'
+    one, long, many = (tmp_path / f"{name}.jsonl" for name in ("one", "long", "many"))
+    one.write_bytes(line % (0, 0))
+    with long.open("wb") as file:
+        file.truncate(1 << 30)  # a hole of zeros
+    many.write_bytes(b"".join(line % (n, n % 50) for n in range(100_000)))
+    script = (
+        "import resource, sys; from pathlib import Path; from clients.batch import *; from clients.batch_lines import Defaults\n"
+        "config = BatchConfig(Path(sys.argv[1]), Path(sys.argv[1] + '.out'), Defaults({}), 1)\n"
+        "scan = scan_for_dry_run(config)\n"
+        "print(scan.lines, scan.invalid, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    found = {}
+    for path in (one, long, many):
+        done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+        lines, invalid, kib = map(int, done.stdout.split())
+        found[path] = kib
+        assert (lines, invalid) == {one: (1, 0), long: (1, 1), many: (100_000, 0)}[path]
+    assert found[long] < found[one] + (50 << 10) and found[many] < found[one] + (50 << 10), found
+
+
+def test_a_scan_counts_what_is_left(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 5)
+    with scripted(good) as server:
+        run(source, server.url)
+    source.write_text(source.read_text() + '{"prompt": "more"}\n')
+    scan = scan_for_dry_run(config(source))
+    assert (scan.lines, scan.answered, scan.invalid) == (6, 5, 0)
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 1)
+    for more in (["--package", "pkg"], ["--slots", "4"], ["--model", "m"], ["--dtype", "float32"]):
+        done = subprocess.run(command(source, "http://127.0.0.1:9", *more), capture_output=True, text=True)
+        assert done.returncode == 2 and "--package" in done.stderr and "Traceback" not in done.stderr, more
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
