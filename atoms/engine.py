@@ -124,10 +124,14 @@ class Engine(Protocol):
         """Context length in tokens."""
         ...
 
-    def encode_chat(self, messages: Sequence[dict[str, object]]) -> tuple[int, ...]:
-        """Token ids of `messages` in the model's chat template, with the start of the assistant's turn.
+    def encode_chat(
+        self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]] = ()
+    ) -> tuple[int, ...]:
+        """Token ids of `messages` in the model's chat template, with the start of the assistant's turn. `tools` are
+        definitions in OpenAI's form.
 
-        Raises ConfigError if the model has no chat template, RequestTooLongError never (lengths are checked on submit).
+        Raises ConfigError if the model has no chat template, or one without tools where they are given;
+        RequestTooLongError never (lengths are checked on submit).
         """
         ...
 

@@ -149,13 +149,15 @@ def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         weight.copy_((weight.float() + delta.to(weight.device)).to(weight.dtype))
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Text of `messages` up to the start of the assistant's turn, in the chat template.
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Text of `messages` up to the start of the assistant's turn, in the chat template, which is given `tools`.
 
     A tokenizer without a template (a pretrained base model) gets the contents separated by blank lines.
     """
     if tokenizer.chat_template:
-        return _template(tokenizer, messages, add_generation_prompt=True)
+        return _template(tokenizer, messages, tools, add_generation_prompt=True)
     return "\n\n".join(str(message["content"]) for message in messages) + "\n\n"
 
 
@@ -172,9 +174,11 @@ def render_response(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mappi
     return str(messages[-1]["content"]) + str(tokenizer.eos_token or "")
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """Token ids of `render_prompt`, led by ``<bos>`` where the tokenizer has one and the template wrote none."""
-    ids = tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(render_prompt(tokenizer, messages, tools), add_special_tokens=False)["input_ids"]
     if tokenizer.chat_template:
         return ids
     return with_bos(tokenizer, ids)
@@ -201,10 +205,17 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    add_generation_prompt: bool,
 ) -> str:
     plain = [dict(message) for message in messages]
-    text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
+    shown: list[Any] | None = [dict(tool) for tool in tools] or None
+    text = tokenizer.apply_chat_template(
+        plain, tools=shown, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
     return cast(str, text)
 
 

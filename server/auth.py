@@ -144,6 +144,8 @@ class AuthMiddleware:
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await self._connect(scope, receive, send)
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         caller = ANONYMOUS
@@ -155,6 +157,16 @@ class AuthMiddleware:
                 return await error_response(error)(scope, receive, send)
         scope["state"] |= {"caller": caller, "admin": caller.admin}
         scope["state"]["context"].caller = caller.name
+        await self._app(scope, receive, send)
+
+    async def _connect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM has web sockets for some models."""
+        try:
+            self._keys.identify(Headers(scope=scope))
+        except AuthenticationError as error:
+            self._refused()
+            await receive()
+            return await send({"type": "websocket.close", "code": 1008, "reason": str(error)})
         await self._app(scope, receive, send)
 
 

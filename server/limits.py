@@ -21,6 +21,7 @@ class Limits:
     max_tokens: int | None = None
     max_messages: int = 1024
     max_atoms_per_mix: int = 32
+    max_tools: int = 128
     max_n: int = 16
     max_sequences: int = 64
     max_stop: int = 16

@@ -70,6 +70,7 @@ def serve(
     max_grammar_bytes: Annotated[
         int, typer.Option(help="Longest JSON schema, regular expression or list of choices in bytes.")
     ] = 1 << 16,
+    max_tools: Annotated[int, typer.Option(help="Most tools of a request.")] = 128,
     no_training_text: Annotated[
         bool, typer.Option("--no-training-text", help="Hide training documents from admin keys too.")
     ] = False,
@@ -123,7 +124,7 @@ def serve(
         limits=Limits(max_atoms_per_mix=max_atoms_per_mix, max_tokens=max_tokens, max_n=max_n, max_sequences=max_sequences,
                       max_messages=max_messages, max_body_bytes=max_body_bytes, max_stop=max_stop,
                       max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias,
-                      max_grammar_bytes=max_grammar_bytes),
+                      max_grammar_bytes=max_grammar_bytes, max_tools=max_tools),
     ).with_environment(os.environ)  # fmt: skip
     if engine == "vllm":
         from server.vllm.serve import serve as serve_in_vllm

@@ -22,6 +22,7 @@ from server.config import ServeConfig
 from server.context import ARM_HEADER, MIX_HEADER, REQUEST_ID_HEADER, RequestContextMiddleware, Traffic
 from server.embedded.generation import ServedEngine
 from server.embedded.openai_routes import OpenAIRoutes
+from server.embedded.openapi import openapi_router
 from server.embedded.versions import Version, Versions
 from server.metrics import ServerMetrics
 from server.quotas import QuotaMiddleware, Quotas
@@ -116,6 +117,7 @@ def _routes(
     app.include_router(experiments_router(steering, state))
     app.include_router(units_router(state))
     app.include_router(admin_router(reload))
+    app.include_router(openapi_router())
     app.include_router(health_router(package.manifest, metrics, lambda: engine.healthy and not traffic.draining))
     install_error_handlers(app)
     return app

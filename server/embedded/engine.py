@@ -43,6 +43,7 @@ from atoms.steered import SteeredModel
 from server.embedded.batcher import Batcher, Job, Sink
 from server.embedded.detokenize import TokenBytes
 from server.embedded.grammar import GrammarCompiler
+from server.embedded.tools import OPENING
 
 _log = logging.getLogger(__name__)
 _DEFAULT_MAX_MODEL_LEN = 4096
@@ -135,15 +136,28 @@ class EmbeddedEngine:
         """Tokens generated since the start."""
         return self._batcher.generation_tokens_total
 
-    def encode_chat(self, messages: Sequence[dict[str, object]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]] = ()
+    ) -> tuple[int, ...]:
         """See `Engine.encode_chat`. Further raises DataError for messages that the chat template refuses."""
+        if tools or any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            self._require_tools()
         if not self._tokenizer.chat_template:
             raise ConfigError("this model has no chat template; send plain text to /v1/completions instead")
         try:
             with self._tokenizer_lock:
-                return tuple(encode_prompt(self._tokenizer, messages))
+                return tuple(encode_prompt(self._tokenizer, messages, tools))
         except TemplateError as error:
             raise DataError(f"the model's chat template refuses these messages: {error}") from error
+
+    def _require_tools(self) -> None:
+        """Raises ConfigError unless the chat template shows tools to the model, and calls in the form that is read."""
+        template = str(self._tokenizer.chat_template)
+        if "tools" not in template or OPENING not in template:
+            raise ConfigError(
+                f"this model's chat template has no tool calls of the form {OPENING}…; leave tools out, ask for JSON with "
+                "response_format, or serve a model that was trained for tools"
+            )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         with self._tokenizer_lock:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from openai import BaseModel
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage, ChatCompletionTokenLogprob
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.chat.chat_completion_chunk import ChoiceDelta, ChoiceDeltaToolCall, ChoiceDeltaToolCallFunction
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
+from openai.types.chat.chat_completion_message_function_tool_call import (
+    ChatCompletionMessageFunctionToolCall,
+    Function,
+)
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 
 from atoms.engine import TokenDelta, TokenLogprob
 from server.embedded.generation import Answer
+from server.embedded.tools import CallReader, ToolCall, Tools
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say; OpenAI's and vLLM's own number."""
@@ -49,9 +54,18 @@ def dump(model: BaseModel) -> bytes:
 
 
 class ChatFormat:
-    """/v1/chat/completions. The first chunk of a choice carries its role, the last its finish reason."""
+    """/v1/chat/completions. The first chunk of a choice carries its role, the last its finish reason. With `tools` calls
+    are told from content; a call comes in one chunk."""
 
-    def __init__(self, answer_id: str, model: str, fingerprint: str, echo: dict[str, object], usage: bool) -> None:
+    def __init__(
+        self,
+        answer_id: str,
+        model: str,
+        fingerprint: str,
+        echo: dict[str, object],
+        usage: bool,
+        tools: Tools | None = None,
+    ) -> None:
         self._common: dict[str, Any] = {
             "id": answer_id, "created": int(time.time()), "model": model, "system_fingerprint": fingerprint,
         }  # fmt: skip
@@ -59,12 +73,14 @@ class ChatFormat:
         self._first: dict[str, Any] = {"steering": echo}
         self._usage: dict[str, Any] = {"usage": None} if usage else {}
         self._begun: set[int] = set()
+        self._tools = tools
+        self._readers: dict[int, CallReader] = {}
 
     def whole(self, answers: Sequence[Answer], prompt_tokens: int) -> ChatCompletion:
         return ChatCompletion(
             **self._common,
             object="chat.completion",
-            choices=[_chat_choice(index, answer) for index, answer in enumerate(answers)],
+            choices=[_chat_choice(index, answer, self._tools) for index, answer in enumerate(answers)],
             usage=_usage(prompt_tokens, answers),
             steering=self._echo,  # type: ignore[call-arg]
         )
@@ -73,11 +89,21 @@ class ChatFormat:
         if index not in self._begun:
             self._begun.add(index)
             yield self._chunk(index, ChoiceDelta(role="assistant", content=""))
-        if delta.text or delta.logprobs:
+        content, reason = delta.text, cast(str | None, delta.finish_reason)
+        calls: list[ToolCall] = []
+        if self._tools is not None:
+            reader = self._readers.setdefault(index, CallReader(self._tools))
+            before = reader.calls
+            content, calls = reader.feed(delta.text, last=reason is not None)
+            if reason is not None and reader.calls:
+                reason = "tool_calls"
+        if content or delta.logprobs:
             logprobs = ChunkLogprobs(content=_chat_logprobs(delta.logprobs), refusal=None) if delta.logprobs else None
-            yield self._chunk(index, ChoiceDelta(content=delta.text), logprobs)
-        if delta.finish_reason is not None:
-            yield self._chunk(index, ChoiceDelta(), None, delta.finish_reason)
+            yield self._chunk(index, ChoiceDelta(content=content), logprobs)
+        if calls:
+            yield self._chunk(index, ChoiceDelta(tool_calls=_call_deltas(calls, before)))
+        if reason is not None:
+            yield self._chunk(index, ChoiceDelta(), None, reason)
 
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> ChatCompletionChunk:
         usage = _token_usage(prompt_tokens, completion_tokens)
@@ -153,10 +179,34 @@ class CompletionFormat:
         )
 
 
-def _chat_choice(index: int, answer: Answer) -> Choice:
+def _chat_choice(index: int, answer: Answer, tools: Tools | None) -> Choice:
     logprobs = ChoiceLogprobs(content=_chat_logprobs(answer.logprobs), refusal=None) if answer.logprobs else None
-    message = ChatCompletionMessage(role="assistant", content=answer.text, refusal=None)
-    return Choice(index=index, message=message, logprobs=logprobs, finish_reason=answer.finish_reason)
+    content, calls = CallReader(tools).feed(answer.text, last=True) if tools is not None else (answer.text, [])
+    if not calls:
+        message = ChatCompletionMessage(role="assistant", content=content, refusal=None)
+        return Choice(index=index, message=message, logprobs=logprobs, finish_reason=answer.finish_reason)
+    message = ChatCompletionMessage(
+        role="assistant",
+        content=content.strip() or None,
+        refusal=None,
+        tool_calls=[_message_call(call) for call in calls],
+    )
+    return Choice(index=index, message=message, logprobs=logprobs, finish_reason="tool_calls")
+
+
+def _message_call(call: ToolCall) -> ChatCompletionMessageFunctionToolCall:
+    function = Function(name=call.name, arguments=call.arguments)
+    return ChatCompletionMessageFunctionToolCall(id=call.id, type="function", function=function)
+
+
+def _call_deltas(calls: Sequence[ToolCall], first: int) -> list[ChoiceDeltaToolCall]:
+    return [
+        ChoiceDeltaToolCall(
+            index=first + place, id=call.id, type="function",
+            function=ChoiceDeltaToolCallFunction(name=call.name, arguments=call.arguments),
+        )
+        for place, call in enumerate(calls)
+    ]  # fmt: skip
 
 
 def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> list[ChatCompletionTokenLogprob]:

@@ -1,4 +1,4 @@
-"""/v1/chat/completions and /v1/completions. The life of a request:
+"""/v1/chat/completions, /v1/responses and /v1/completions. The life of a request:
 
 1 read_json, Body.read        bounded, strict; unsupported fields refused by name
 2 Steering.resolve            one bounded mix, or an error; from here on every response carries its digest
@@ -27,6 +27,9 @@ from server.embedded.formats import ChatFormat, CompletionFormat
 from server.embedded.generation import Sequences, ServedEngine
 from server.embedded.messages import template_messages
 from server.embedded.protocol import ChatBody, CompletionBody, GenerationBody, Prompt
+from server.embedded.refusals import RESPONSES, refuse_unsupported
+from server.embedded.responses_api import ResponseFormat, as_chat, blaming_own_fields
+from server.embedded.responses_api import sse as named_sse
 from server.embedded.stream import EventStream, unless_disconnected
 from server.errors import InvalidFieldError
 from server.experiments.recording import Recorder
@@ -53,6 +56,7 @@ class OpenAIRoutes:
     def router(self) -> APIRouter:
         router = APIRouter()
         router.add_api_route("/v1/chat/completions", self.chat, methods=["POST"], response_model=None)
+        router.add_api_route("/v1/responses", self.respond, methods=["POST"], response_model=None)
         router.add_api_route("/v1/completions", self.complete, methods=["POST"], response_model=None)
         return router
 
@@ -61,16 +65,38 @@ class OpenAIRoutes:
         body = ChatBody.read(await read_json(request), self.limits)
         context.prompt = body.messages
         messages = template_messages(body.messages, self.limits)
+        tools = body.called_tools(self.limits)
         steering = self._steer(request, body)
-        prompts = [await asyncio.to_thread(self.engine.encode_chat, messages)]  # long texts must not hold streams up
+        shown = tools.definitions if tools is not None else ()
+        prompts = [await asyncio.to_thread(self.engine.encode_chat, messages, shown)]  # long texts take a while
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        form = ChatFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage)
+        form = ChatFormat(answer_id, body.model, self.fingerprint, steering.echo(), body.include_usage, tools)
         sampling = replace(body.sampling(), grammar=await self._grammar(body))
         sequences = self._sequences(answer_id, body, prompts, steering, sampling, "messages")
-        asked = next((str(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
-        recording = self._record(context, answer_id, steering, [asked] * body.n)
+        recording = self._record(context, answer_id, steering, [_last_question(messages)] * body.n)
         answering = Answering(self.engine, self.metrics, context, sequences, form, "messages", recording)
         return await _respond(request, body, answering)
+
+    async def respond(self, request: Request) -> Response:
+        context = self._begin(request)
+        data = await read_json(request)
+        refuse_unsupported(data, RESPONSES)
+        with blaming_own_fields():
+            body = ChatBody.parse(as_chat(data), self.limits)
+            context.prompt = data.get("input")
+            messages = template_messages(body.messages, self.limits)
+            steering = self._steer(request, body)
+            prompts = [await asyncio.to_thread(self.engine.encode_chat, messages)]
+            sampling = replace(body.sampling(), grammar=await self._grammar(body))
+            answer_id = f"resp_{uuid.uuid4().hex}"
+            sequences = self._sequences(answer_id, body, prompts, steering, sampling, "messages")
+        form = ResponseFormat(answer_id, body, data.get("instructions"), steering.echo())
+        recording = self._record(context, answer_id, steering, [_last_question(messages)])
+        answering = Answering(self.engine, self.metrics, context, sequences, form, "input", recording)
+        if body.stream:
+            return EventStream(lambda: answering.events(include_usage=True), context, named_sse, end=b"")
+        with blaming_own_fields():
+            return await _respond(request, body, answering)
 
     async def complete(self, request: Request) -> Response:
         context = self._begin(request)
@@ -150,6 +176,10 @@ class OpenAIRoutes:
     def _check_ids(self, largest: int, param: str) -> None:
         if self.vocabulary is not None and largest >= self.vocabulary:
             raise InvalidFieldError(f"token id {largest} is outside the vocabulary of {self.vocabulary} tokens", param)
+
+
+def _last_question(messages: Sequence[dict[str, object]]) -> str:
+    return next((str(turn["content"]) for turn in reversed(messages) if turn["role"] == "user"), "")
 
 
 async def _respond(request: Request, body: GenerationBody, answering: Answering) -> Response:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atoms.engine import Grammar, SamplingParams
 from server.embedded.refusals import CHAT, COMPLETIONS, refuse_unsupported
 from server.embedded.response_format import asked_grammar
+from server.embedded.tools import Tools, read_tools
 from server.errors import InvalidFieldError
 from server.limits import Limits
 
@@ -133,11 +134,19 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
 
     @classmethod
     def read(cls, body: dict[str, Any], limits: Limits) -> Self:
         """Raises InvalidFieldError, UnsupportedFieldError."""
         refuse_unsupported(body, CHAT)
+        return cls.parse(body, limits)
+
+    @classmethod
+    def parse(cls, body: dict[str, Any], limits: Limits) -> Self:
+        """As `read`, of a body whose unsupported fields have been refused."""
         return _validate(cls, body, limits)
 
     def check(self, limits: Limits) -> None:
@@ -148,6 +157,20 @@ class ChatBody(GenerationBody):
             if not self.logprobs:
                 raise InvalidFieldError("top_logprobs is given and logprobs is not true; set logprobs", "top_logprobs")
             _at_most(self.top_logprobs, limits.max_logprobs, "top_logprobs")
+
+    def called_tools(self, limits: Limits) -> Tools | None:
+        """The tools that the answer may call. Raises InvalidFieldError, UnsupportedFieldError."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls, limits)
+
+    def grammar(self, limits: Limits) -> tuple[Grammar, str] | None:
+        tools, asked = self.called_tools(limits), super().grammar(limits)
+        if tools is None:
+            return asked
+        if asked is not None:
+            raise InvalidFieldError("the answer is held to a format and may not be a tool call then; give one of them",
+                                    "tools")  # fmt: skip
+        forced = tools.grammar(limits)
+        return (forced, "tools") if forced is not None else None
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

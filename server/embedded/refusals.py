@@ -101,7 +101,17 @@ _MISPLACED = {
 }
 
 COMMON: Mapping[str, tuple[object, ...]] = MappingProxyType(_TOOLS | _OPENAI | _VLLM | _OTHER_SERVERS)
-CHAT = MappingProxyType({**COMMON, "add_special_tokens": (False,), "prompt": ()})
+_READ_IN_CHATS = ("tools", "tool_choice", "parallel_tool_calls")
+CHAT = MappingProxyType(
+    {name: neutral for name, neutral in COMMON.items() if name not in _READ_IN_CHATS}
+    | {"add_special_tokens": (False,), "prompt": ()}
+)
+RESPONSES = MappingProxyType({
+    **COMMON, "previous_response_id": (), "conversation": (), "background": (False,), "include": ([],),
+    "truncation": ("disabled",), "prompt": (), "max_tool_calls": (), "top_logprobs": (0,), "prompt_template": (),
+    "stream_options": ({},), "messages": (), "max_tokens": (), "max_completion_tokens": (), "response_format": (), "n": (1,),
+    "logprobs": (False,),
+})  # fmt: skip
 COMPLETIONS = MappingProxyType({
     **COMMON, "add_special_tokens": (True,), "messages": (), "top_logprobs": (), "max_completion_tokens": (),
 })  # fmt: skip

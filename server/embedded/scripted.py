@@ -21,7 +21,7 @@ BREAK = "<break>"
 class ScriptedEngine:
     """Recites `script` word by word, `delay` seconds apart. A word costs one token; a prompt's words are its tokens.
 
-    `requests` are all that were submitted, `cancelled` the ids of those left before their end.
+    `requests` are all that were submitted, `cancelled` the ids of those left before their end, `tools` the last chat's,
     """
 
     script: str = "one two three"
@@ -34,9 +34,13 @@ class ScriptedEngine:
     cancelled: list[str] = field(default_factory=list)
     running: int = 0
     waiting: int = 0
+    tools: Sequence[dict[str, object]] = ()
     _closed: bool = False
 
-    def encode_chat(self, messages: Sequence[dict[str, object]]) -> tuple[int, ...]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, object]], tools: Sequence[dict[str, object]] = ()
+    ) -> tuple[int, ...]:
+        self.tools = tools
         return self.encode_text(" ".join(f"{message['role']}: {message['content']}" for message in messages))
 
     def encode_text(self, text: str) -> tuple[int, ...]:

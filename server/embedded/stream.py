@@ -55,10 +55,19 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result
 
 
 class EventStream(Response):
-    """Streams the events of `open_events`, which is entered only when the response begins, and always left."""
+    """Streams the events of `open_events`, which is entered only when the response begins, and always left. `frame` makes
+    an event of JSON; `end` follows the last one."""
 
-    def __init__(self, open_events: Callable[[], Events], context: RequestContext) -> None:
+    def __init__(
+        self,
+        open_events: Callable[[], Events],
+        context: RequestContext,
+        frame: Callable[[bytes], bytes] = sse,
+        end: bytes = DONE,
+    ) -> None:
         super().__init__(headers=_HEADERS)
+        self._frame = frame
+        self._end = end
         del self.headers["content-length"]
         self._open_events = open_events
         self._context = context
@@ -74,9 +83,9 @@ class EventStream(Response):
         async with self._open_events() as events:
             async for payload in events:
                 await self._begin(send)
-                await send({"type": "http.response.body", "body": sse(payload), "more_body": True})
+                await send({"type": "http.response.body", "body": self._frame(payload), "more_body": True})
         await self._begin(send)
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
     async def _begin(self, send: Send) -> None:
         if not self._begun:
@@ -92,7 +101,7 @@ class EventStream(Response):
         self._context.status = kind.status
         if not isinstance(error, ClientDisconnectedError | OSError):
             payload = JSONResponse().render(error_body(error))
-            await send({"type": "http.response.body", "body": sse(payload), "more_body": False})
+            await send({"type": "http.response.body", "body": self._frame(payload), "more_body": False})
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoms.errors import AtomsteerError, EngineStoppedError
 from server.context import RequestContext, Traffic, begin_generating
-from server.errors import InvalidFieldError, UnsupportedFieldError, error_body
+from server.errors import InvalidFieldError, InvalidJSONError, UnsupportedFieldError, error_body
 from server.experiments.recording import Choice, FinishedResponse, Recorder
 from server.experiments.spec import Subject
 from server.metrics import SteeringMetrics
@@ -271,14 +271,20 @@ async def _read(receive: Receive) -> tuple[Receive, bytes]:
 
 
 def _json_object(headers: Headers, data: bytes) -> dict[str, Any] | None:
-    """None for what is no JSON object: vLLM refuses that in its own words."""
+    """None for what is not declared as JSON: vLLM refuses that in its own words.
+
+    Raises InvalidJSONError for what is no object, or what only a laxer parser would read: vLLM's must see no `steering`
+    that we have not.
+    """
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return None
     try:
         value = from_json(data)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    except ValueError as error:
+        raise InvalidJSONError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidJSONError(f"the body is a JSON {type(value).__name__}; send an object")
+    return value
 
 
 def _prompt(body: Mapping[str, Any]) -> str:

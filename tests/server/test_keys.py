@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from atoms.errors import ConfigError
 from clients.cli import app
-from server.auth import ANONYMOUS, KeyRing
+from server.auth import ANONYMOUS, AuthMiddleware, KeyRing
 from server.config import ServeConfig
 from server.errors import AuthenticationError
 from server.keys import create_key, delete_key, read_keys
@@ -164,6 +164,24 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("server.auth.hmac.compare_digest", compare)
     KeyRing(["first", "second", "third"]).identify(bearer("first"))
     assert len(compared) == 3 and all(len(one) == len(other) == 64 for one, other in compared)
+
+
+@pytest.mark.parametrize(("key", "reached"), [("good", True), ("bad", False), (None, False)])
+async def test_web_sockets_need_a_key_too(key: str | None, reached: bool) -> None:
+    opened, sent = [], []
+
+    async def app(*_: object) -> None:
+        opened.append(True)
+
+    async def receive() -> dict:
+        return {"type": "websocket.connect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    await AuthMiddleware(app, KeyRing(["good"]))({"type": "websocket", "path": "/x", "headers": headers}, receive, send)
+    assert bool(opened) is reached and [message["code"] for message in sent] == ([] if reached else [1008])
 
 
 async def test_the_log_names_the_key_and_never_shows_it(

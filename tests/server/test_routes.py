@@ -202,7 +202,7 @@ async def test_long_bodies_are_refused(
 async def test_unexpected_errors_tell_nothing(
     client: AsyncClient, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "encode_chat", lambda messages: 1 / 0)
+    monkeypatch.setattr(engine, "encode_chat", lambda *_: 1 / 0)
     response = await client.post("/v1/chat/completions", json=CHAT)
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert "division" not in response.text

@@ -42,7 +42,7 @@ async def test_a_chat_stream_byte_for_byte(client: AsyncClient, package: Any) ->
     mix = response.headers["X-Atomsteer-Mix"]
     echo = (
         f'"steering":{{"mix":"{mix}","atoms":{{}},"predicted_kl":0.0,"scaled_by":1.0,"preset":null,'
-        '"experiment":null,"arm":null}'
+        '"experiment":null,"arm":null,"phase":"all"}'
     )
     parts = [
         ('{"role":"assistant","content":""}', "null", f",{echo}"),

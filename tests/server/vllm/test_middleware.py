@@ -183,8 +183,23 @@ async def test_the_default_mix_steers_every_path_that_generates(client_to, confi
     assert (await client.post(CHAT, json={"steering": {"atoms": {}}})).json()["seen"] == {}
 
 
-async def test_bodies_that_are_no_json_are_left_to_vllm(client: AsyncClient, metrics: SteeringMetrics) -> None:
-    response = await client.post("/v1/completions", content=b"{", headers={"Content-Type": "application/json"})
+STEERED = b'"steering": {"atoms": {"list": 1}}, "model": "demo"'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"[]", b'{"x": "\\ud800", ' + STEERED + b"}",
+     b'{"x": ' + b"[" * 300 + b"]" * 300 + b", " + STEERED + b"}"],
+)  # fmt: skip
+async def test_what_only_a_laxer_parser_reads_never_reaches_vllm(client: AsyncClient, body: bytes) -> None:
+    """vLLM would serve some of these, and see no steering."""
+    json.loads(body) if len(body) > 9 else None
+    response = await client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_bodies_that_are_not_declared_as_json_are_left_to_vllm(client: AsyncClient) -> None:
+    response = await client.post("/v1/completions", content=b"{", headers={"Content-Type": "text/plain"})
     assert response.json() == {"error": {"message": "no"}}
 
 
