@@ -9,6 +9,7 @@ HTTP statuses in one table (`server/errors.py`); the command line prints the mes
     ├── ModelError               a base model that cannot be used
     ├── AdapterError             a LoRA adapter that cannot be used
     ├── StorageError             a disk that is full, or a path that cannot be written
+    ├── RankError                a process of a shared discovery has ended before its work
     ├── PackageError             a package that cannot be read or written
     │   ├── PackageCorruptError  a file is missing, truncated or edited
     │   └── WrongBaseError       made for another base model or another base adapter
@@ -47,6 +48,10 @@ class AdapterError(AtomsteerError):
 
 class StorageError(AtomsteerError):
     """A disk that is full, or a path that cannot be written."""
+
+
+class RankError(AtomsteerError):
+    """A process of a shared discovery has ended before its work was done."""
 
 
 class PackageError(AtomsteerError):
