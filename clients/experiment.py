@@ -110,7 +110,7 @@ def report(
     as_json: JSONOption = False,
 ) -> None:
     """Show what an experiment has found so far. Looking costs nothing: the intervals hold however often one looks."""
-    from clients.experiment_tables import metric_table, print_json, print_table
+    from clients.experiment_tables import guardrail_table, metric_table, print_json, print_table
     from clients.server_api import ServerAPI
 
     with ServerAPI(server, key) as api:
@@ -127,6 +127,8 @@ def report(
     print("\n".join(headline(found)))
     for metric in found["metrics"]:
         print_table(metric_table(metric))
+    if found["guardrails"]:
+        print_table(guardrail_table(found["guardrails"]))
     if html is not None:
         print(html)
 

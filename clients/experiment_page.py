@@ -44,9 +44,10 @@ svg text { fill: currentColor; font-size: 12px; } .axis { stroke: var(--line); }
 {% if metric.plot %}{{ metric.plot }}{% endif %}
 {% if metric.primary and timeline %}{{ timeline }}{% endif %}
 <div class="scroll"><table><thead><tr><th>arm<th>units<th>mean<th>difference to {{ experiment.control }}<th>p<th>verdict
+<th>detectable
 </tr></thead><tbody>
 {% for row in metric.rows %}<tr><td>{{ row.arm }}<td>{{ row.units }}<td>{{ row.mean }}<td>{{ row.difference }}
-<td>{{ row.p }}<td class="{{ row.verdict }}">{{ row.verdict }}</tr>
+<td>{{ row.p }}<td class="{{ row.verdict }}">{{ row.verdict }}<td>{{ row.detectable }}</tr>
 {% endfor %}</tbody></table></div>
 {% endfor %}
 {% if guardrails %}<h2>Guardrails</h2>
@@ -126,6 +127,7 @@ def _rows(metric: dict[str, Any]) -> list[dict[str, str]]:
             "difference": interval(found["difference"], found["low"], found["high"], signed=True) if found else "",
             "p": number(found["p_value"]) if found else "",
             "verdict": found["verdict"] if found else "control",
+            "detectable": number(found["detectable"]) if found else "",
         })  # fmt: skip
     return rows
 

@@ -66,6 +66,18 @@ def metric_table(metric: dict[str, Any]) -> Table:
     return table
 
 
+def guardrail_table(checks: list[dict[str, Any]]) -> Table:
+    """One row a guardrail and arm."""
+    table = Table(title="guardrails")
+    for heading in ("metric", "arm", "limit", "seen", "surely above", ""):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        limit = number(check["limit"]) + (" above the control" if check["relative_to_control"] else "")
+        table.add_row(check["metric"], check["arm"], limit, number(check["value"]), number(check["low"]),
+                      "broken" if check["broken"] else "holds")  # fmt: skip
+    return table
+
+
 def interval(value: float | None, low: float | None, high: float | None, *, signed: bool = False) -> str:
     """``0.5 [0.4, 0.6]``; the value alone where there is no interval."""
     if value is None:

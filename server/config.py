@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from atoms.errors import ConfigError
-from server.limits import Limits, Quota
+from server.limits import DriftBudget, Limits, Quota
 
 API_KEY_VARIABLE, ADMIN_KEY_VARIABLE = "ATOMSTEER_API_KEY", "ATOMSTEER_ADMIN_KEY"
 DATABASE_VARIABLE = "ATOMSTEER_DATABASE"
@@ -38,7 +38,8 @@ class ServeConfig:
     slots                sequences decoded at once
     max_model_len        context in tokens; None: the engine's choice
     max_waiting          sequences that may wait for a slot before requests are refused
-    prefill_tokens_per_step   prompt tokens computed between two decode steps
+    prefill_tokens_per_step   prompt tokens read in a step; a quarter of them between two decode steps
+    prefix_cache_tokens   tokens of prompts whose keys and values are kept for prompts that begin alike; 0 is none
     cors_origins         web origins that browsers may call from; none: no cross-origin calls
     shutdown_timeout     seconds that requests in flight get after SIGTERM
     allow_training_text  whether admin keys may read training documents
@@ -48,6 +49,7 @@ class ServeConfig:
     log_prompts          whether that line also holds the prompt
     log_format           ``text``, or ``json`` for one JSON object a line
     body_timeout         seconds within which a body must have arrived
+    drift                how many of an experiment's responses are read again to measure their KL
     """
 
     package: Path
@@ -68,6 +70,7 @@ class ServeConfig:
     max_model_len: int | None = None
     max_waiting: int = 256
     prefill_tokens_per_step: int = 512
+    prefix_cache_tokens: int = 4096
     limits: Limits = Limits()
     cors_origins: tuple[str, ...] = ()
     shutdown_timeout: float = 30.0
@@ -77,6 +80,7 @@ class ServeConfig:
     log_format: str = "text"
     body_timeout: float = 30.0
     database: str | None = field(default=None, repr=False)
+    drift: DriftBudget = DriftBudget()
 
     def __post_init__(self) -> None:
         for path in ("package", "api_key_file", "admin_key_file"):
@@ -87,6 +91,8 @@ class ServeConfig:
         for count in ("slots", "max_waiting", "prefill_tokens_per_step"):
             value = getattr(self, count)
             _require(_whole(value) and value >= 1, count, value, "a whole number of at least 1")
+        kept = self.prefix_cache_tokens
+        _require(_whole(kept) and kept >= 0, "prefix_cache_tokens", kept, "a whole number of at least 0")
         length = self.max_model_len
         _require(length is None or (_whole(length) and length >= 2), "max_model_len", length, "at least 2 tokens")
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")

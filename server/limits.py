@@ -40,6 +40,26 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DriftBudget:
+    """How much of the engine's time may go into measuring the drift of experiments' responses.
+
+    `share` of an arm's responses is measured at most, 0 for none; `tokens_per_minute` counts those read for it, which are
+    twice those of prompt and answer.
+    """
+
+    share: float = 0.01
+    tokens_per_minute: int = 20_000
+
+    def __post_init__(self) -> None:
+        share, tokens = self.share, self.tokens_per_minute
+        if isinstance(share, bool) or not isinstance(share, int | float) or not (share == 0 or 1e-6 <= share <= 1):
+            raise ConfigError(f"the share of responses whose KL is measured is {share!r}; it must be 0, or a number from "
+                              "1e-6 to 1")  # fmt: skip
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ConfigError(f"tokens_per_minute of measured KL is {tokens!r}; it must be a whole number of at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quota:
     """Bounds of one key. None: not bounded."""
 

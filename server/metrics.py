@@ -42,6 +42,14 @@ class SteeringMetrics:
         self._kl = Histogram(
             "atomsteer_predicted_kl", "Predicted KL of the mix, nats a token", buckets=_KL, registry=registry
         )
+        self._measured = Histogram(
+            "atomsteer_measured_kl", "KL measured on responses of experiments, nats a token", ("experiment", "arm"),
+            buckets=_KL, registry=registry,
+        )  # fmt: skip
+        self._unmeasured = Counter(
+            "atomsteer_measured_kl_skipped", "Responses drawn to be measured, for which there was no budget or no time",
+            registry=registry,
+        )  # fmt: skip
         self._steering_errors = Counter(
             "atomsteer_steering_errors", "Requests refused for their steering", ("code",), registry=registry
         )
@@ -94,6 +102,14 @@ class SteeringMetrics:
             self._known_mixes.move_to_end(steering.digest)
             if len(self._known_mixes) > _REMEMBERED_MIXES:
                 self._known_mixes.popitem(last=False)
+
+    def drift_measured(self, steering: ResolvedSteering, kl: float) -> None:
+        """A response of an experiment was read again."""
+        self._measured.labels(steering.experiment or "", steering.arm or "").observe(kl)
+
+    def drift_skipped(self) -> None:
+        """A response was drawn to be measured, and could not be."""
+        self._unmeasured.inc()
 
     def watch(self, recorder: Recorder) -> None:
         """Shows at each scrape how many records of experiments wait to be written, and how many had to be dropped."""

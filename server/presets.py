@@ -59,7 +59,7 @@ class PresetStore:
 
     def versions(self, name: str) -> list[Preset]:
         """All versions that ever held, oldest first. Raises PresetNotFoundError."""
-        query = select(presets).where(presets.c.scope == self._scope, presets.c.name == name[:64])
+        query = select(presets).where(presets.c.scope == self._scope, presets.c.name == name)
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(presets.c.version)).mappings().all()
         if not rows:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from server.errors import InvalidFieldError
 
@@ -15,6 +15,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _storable(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("the text has the character NUL, which cannot be stored; leave it out")
+    return text
+
+
+PlainText = Annotated[str, AfterValidator(_storable)]
+"""A text that every database takes."""
 Model = TypeVar("Model", bound=Strict)
 
 

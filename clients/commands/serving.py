@@ -54,6 +54,9 @@ def serve(
     prefill_tokens_per_step: Annotated[
         int, typer.Option(help="Prompt tokens read in a step; a quarter of them while answers run.")
     ] = 512,
+    prefix_cache_tokens: Annotated[
+        int, typer.Option(help="Tokens of prompts kept for others that begin alike; 0: none.")
+    ] = 4096,
     max_atoms_per_mix: Annotated[int, typer.Option(help="Most atoms in one mix.")] = 32,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest answer in tokens; default: what the context holds.")
@@ -84,6 +87,12 @@ def serve(
             "the user's. Also ATOMSTEER_DATABASE."
         ),
     ] = None,
+    measured_kl_share: Annotated[
+        float, typer.Option(help="Share of each arm's responses whose KL is measured in the background; 0: none.")
+    ] = 0.01,
+    measured_kl_tokens: Annotated[
+        int, typer.Option(help="Most tokens a minute that measuring may read: twice prompt and answer.")
+    ] = 20_000,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="One line a request, without the prompt.")
@@ -104,7 +113,7 @@ def serve(
     import os
 
     from server.config import ServeConfig
-    from server.limits import Limits, Quota
+    from server.limits import DriftBudget, Limits, Quota
 
     if engine not in ("transformers", "vllm"):
         raise typer.BadParameter(f"{engine!r} is not transformers or vllm", param_hint="--engine")
@@ -119,8 +128,10 @@ def serve(
         served_model_name=served_model_name, presets=tuple(preset or ()), default_mix=default_mix,
         slots=max_num_seqs if max_num_seqs is not None else 256 if engine == "vllm" else 16,
         max_model_len=max_model_len, max_waiting=max_waiting, prefill_tokens_per_step=prefill_tokens_per_step,
+        prefix_cache_tokens=prefix_cache_tokens,
         cors_origins=tuple(cors_origin or ()), shutdown_timeout=shutdown_timeout, access_log=access_log, device=device,
         dtype=dtype, allow_training_text=not no_training_text, database=database,
+        drift=DriftBudget(share=measured_kl_share, tokens_per_minute=measured_kl_tokens),
         limits=Limits(max_atoms_per_mix=max_atoms_per_mix, max_tokens=max_tokens, max_n=max_n, max_sequences=max_sequences,
                       max_messages=max_messages, max_body_bytes=max_body_bytes, max_stop=max_stop,
                       max_stop_bytes=max_stop_bytes, max_logprobs=max_logprobs, max_logit_bias=max_logit_bias,

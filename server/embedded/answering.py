@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -19,13 +19,15 @@ from server.metrics import ServerMetrics
 
 @dataclass(frozen=True)
 class Recording:
-    """Hands a response that belongs to an experiment to the recorder. `prompts` are what its choices answer."""
+    """Hands a response that belongs to an experiment to the recorder. `prompts` are what its choices answer; `measure`
+    takes the tokens of the first choice's prompt and answer."""
 
     recorder: Recorder
     assignment: Assignment
     response_id: str
     context: RequestContext
     prompts: Sequence[str]
+    measure: Callable[[Sequence[int], Sequence[int]], None]
 
     def finished(self, answers: Sequence[Answer], first_token_seconds: float | None) -> None:
         choices = tuple(Choice(answer.text, answer.tokens, answer.finish_reason, prompt)
@@ -86,10 +88,12 @@ class Answering:
         last: dict[int, float] = {}
         answers = [Answer() for _ in self.sequences.requests]
         first_token: float | None = None
+        tokens: list[int] = []
         async for index, delta in arrivals:
             now = time.perf_counter()
             if self.recording is not None:
                 answers[index].add(delta)
+                tokens += delta.token_ids if index == 0 else ()
                 first_token = first_token or self.context.seconds
             if index not in last:
                 prompt_tokens = len(self.sequences.requests[index].prompt_token_ids)
@@ -102,6 +106,7 @@ class Answering:
             yield index, delta
         if self.recording is not None:
             self.recording.finished(answers, first_token)
+            self.recording.measure(self.sequences.requests[0].prompt_token_ids, tokens)
 
     async def _chunks(self, arrivals: AsyncIterator[Arrival], include_usage: bool) -> AsyncIterator[bytes]:
         tokens = 0

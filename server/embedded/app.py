@@ -24,6 +24,7 @@ from server.embedded.generation import ServedEngine
 from server.embedded.openai_routes import OpenAIRoutes
 from server.embedded.openapi import openapi_router
 from server.embedded.versions import Version, Versions
+from server.experiments.drift import DriftSampler
 from server.metrics import ServerMetrics
 from server.quotas import QuotaMiddleware, Quotas
 from server.responses import install_error_handlers
@@ -75,15 +76,17 @@ def create_app(
     traffic.slots = engine.stats().slots
     metrics = ServerMetrics(config.served_model_name or package.manifest.name, lambda: versions.stats())
     metrics.describe(lambda: versions.current.package.manifest)
-    if state is not None:
-        metrics.watch(state.recorder)
+    drift = DriftSampler(state.recorder, config.drift, metrics) if state is not None else None
+    if drift is not None:
+        metrics.watch(drift.recorder)
 
     async def reload() -> tuple[Package, Package]:
         with metrics.counting_reloads():
             return await versions.reload()
 
     def version_of(package: Package, engine: ServedEngine, vocabulary: int | None) -> Version:
-        return Version(package, engine, _routes(package, engine, vocabulary, config, metrics, traffic, state, reload))
+        return Version(package, engine, _routes(package, engine, vocabulary, config, metrics, traffic, state, drift,
+                                                reload))  # fmt: skip
 
     versions = Versions(
         version_of(package, engine, vocabulary),
@@ -101,13 +104,13 @@ def _routes(
     metrics: ServerMetrics,
     traffic: Traffic,
     state: State | None,
+    drift: DriftSampler | None,
     reload: Reload,
 ) -> ASGIApp:
     """All routes on one version of the package. Raises ConfigError for presets that cannot be applied."""
     steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
     fingerprint = f"fp_{package.manifest.content_hash[:12]}"
-    openai = OpenAIRoutes(engine, steering, metrics, traffic, config.limits, fingerprint, vocabulary,
-                          state.recorder if state else None)  # fmt: skip
+    openai = OpenAIRoutes(engine, steering, metrics, traffic, config.limits, fingerprint, vocabulary, drift)
     app = FastAPI(title="atomsteer", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(openai.router())
     app.include_router(models_router(steering, max_model_len=engine.max_model_len, created=int(time.time())))

@@ -3,6 +3,7 @@
 Knows the model, its cache and its tokenizer's bytes; nothing of threads, event loops, queues or packages. One `step()` is
 
     drop cancelled -> admit into a prefill group -> prefill one chunk (and join) -> decode one token for all rows
+    -> if nobody waits and a slot is free, read a chunk of an answer to be scored
 
 Rows 0..n-1 of the cache and slots 0..n-1 of the steered model belong together. A prefill group of k requests uses the
 last k slots, so that rows may leave meanwhile; when it joins, its deltas move down beside the others.
@@ -17,7 +18,9 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +36,7 @@ from server.embedded.detokenize import TextStream, TokenBytes
 from server.embedded.kv import ColumnCache, prompt_cache
 from server.embedded.prefixes import KnownPrefix, PrefixCache
 from server.embedded.sampling import TokenMatcher, TokenSampler, sample_rows, token_logprobs
+from server.embedded.scoring import DriftScore
 
 _log = logging.getLogger(__name__)
 _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
@@ -152,6 +156,7 @@ class Batcher:
         self._cache = ColumnCache(steered.slots, max_length)
         self._prefixes = PrefixCache(prefix_tokens)
         self._arrived: deque[Job] = deque()
+        self._scores: deque[DriftScore] = deque()
         self._group: _PrefillGroup | None = None
         self._rows: list[Job] = []
         self.prompt_tokens_total = 0
@@ -167,8 +172,17 @@ class Batcher:
     def free(self) -> int:
         return self._steered.slots - self.load
 
+    @property
+    def scoring(self) -> bool:
+        """Whether there are answers to score."""
+        return bool(self._scores)
+
     def add(self, job: Job) -> None:
         self._arrived.append(job)
+
+    def add_score(self, score: DriftScore) -> None:
+        if score.begin():
+            self._scores.append(score)
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -183,6 +197,14 @@ class Batcher:
                 self._guard(self._join, self._fail_all)
         if self._rows:
             self._guard(self._decode, self._fail_rows)
+        if self._scores and self._group is None and not self._arrived and self.free:
+            self._score()
+
+    def take_scores(self) -> list[DriftScore]:
+        """All unfinished scores, which the batcher forgets."""
+        scores = list(self._scores)
+        self._scores.clear()
+        return scores
 
     def take_all(self) -> list[Job]:
         """All unfinished jobs, which the batcher forgets."""
@@ -316,6 +338,34 @@ class Batcher:
         self._cache.advance()
         self._accept(self._rows, logits)
         self._leave([row for row, job in enumerate(self._rows) if job.finished])
+
+    def _score(self) -> None:
+        """Reads a chunk for the oldest score, in a slot that nobody uses now. It is no request: if it fails, it alone
+        does."""
+        score, slot = self._scores[0], self._steered.slots - 1
+        try:
+            self._steered.set_slot(slot, self._compose(score.mix))
+            score.advance(max(1, self._budget // 2), (partial(self._read, None), partial(self._read, slot)))
+        except Exception as error:
+            score.fail(_as_engine_error(error))
+        if score.done.done():
+            self._scores.popleft()
+
+    def _read(self, slot: int | None, tokens: Tensor, start: int, cache: Cache, last: int) -> Tensor:
+        """Logits (1, last, V) of the last columns of tokens (1, t), of which `start` columns are in `cache`."""
+        end = start + tokens.shape[1]
+        columns = torch.arange(end, device=self._device)[None]
+        with self._steered.rows([slot]) if slot is not None else nullcontext():
+            output = self._model(
+                input_ids=tokens.to(self._device),
+                attention_mask=torch.ones_like(columns, dtype=torch.bool),
+                position_ids=columns[:, start:],
+                past_key_values=cache,
+                use_cache=True,
+                **({"logits_to_keep": last} if self._last_only else {}),
+            )
+        logits: Tensor = output.logits
+        return logits[:, -last:]
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """fp32 logits (n, V) of the last column; tokens (n, t), mask (n, past + t) bool, positions (n, t)."""

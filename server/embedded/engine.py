@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from jinja2 import TemplateError
 from torch import Tensor
@@ -43,6 +43,7 @@ from atoms.steered import SteeredModel
 from server.embedded.batcher import Batcher, Job, Sink
 from server.embedded.detokenize import TokenBytes
 from server.embedded.grammar import GrammarCompiler
+from server.embedded.scoring import DriftScore
 from server.embedded.tools import OPENING
 
 _log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class EmbeddedEngine:
             self._steered.close()
             raise
         self._waiting: deque[Job] = deque()
+        self._scores: deque[DriftScore] = deque()
         self._changed = threading.Condition()  # guards _waiting and the three flags
         self._draining = False
         self._closing = False
@@ -205,6 +207,22 @@ class EmbeddedEngine:
         finally:
             self._cancel(jobs)
 
+    def drift(self, prompt: Sequence[int], response: Sequence[int], mix: Mix) -> Future[float]:
+        """The mean over the response's tokens of KL(unsteered ‖ steered), nats, over the whole vocabulary.
+
+        Computed in chunks while no request waits and a slot is free. The future may end with EngineError. Raises
+        EngineStoppedError, EngineError for an empty prompt or response.
+        """
+        if not prompt or not response:
+            raise EngineError("a prompt and a response are needed to measure drift; one is empty")
+        score = DriftScore(prompt, response, mix)
+        with self._changed:
+            if self._stopped or self._closing or self._draining:
+                raise EngineStoppedError("the engine is shutting down and takes no new work")
+            self._scores.append(score)
+            self._changed.notify_all()
+        return score.done
+
     def stats(self) -> EngineStats:
         return EngineStats(self._batcher.load, len(self._waiting), self._slots, self._composing.count,
                            self._composing.seconds)  # fmt: skip
@@ -283,7 +301,11 @@ class EmbeddedEngine:
         """Moves jobs to the batcher as far as slots are free; sleeps while there are none. False when closing."""
         with self._changed:
             self._changed.notify_all()  # drain() may be waiting for the last job to leave
-            self._changed.wait_for(lambda: self._closing or self._waiting or self._batcher.load)
+            self._changed.wait_for(
+                lambda: self._closing or self._waiting or self._scores or self._batcher.load or self._batcher.scoring
+            )
+            while self._scores:
+                self._batcher.add_score(self._scores.popleft())
             while self._waiting and self._batcher.free:
                 self._batcher.add(self._waiting.popleft())
             return not self._closing
@@ -292,11 +314,15 @@ class EmbeddedEngine:
         with self._changed:
             self._stopped = True
             jobs = [*self._batcher.take_all(), *self._waiting]
+            scores = [*self._batcher.take_scores(), *self._scores]
             self._waiting.clear()
+            self._scores.clear()
             self._changed.notify_all()
         reason = f"the engine died: {self._failure}" if self._failure else "the engine is shutting down"
         for job in jobs:
             job.fail(EngineStoppedError(reason))
+        for score in scores:
+            score.fail(EngineStoppedError(reason))
         self._steered.close()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -33,6 +34,10 @@ class ServedEngine(Engine, Protocol):
 
     @property
     def healthy(self) -> bool: ...
+
+    def drift(self, prompt: Sequence[int], response: Sequence[int], mix: Mix) -> Future[float]:
+        """The mean over the response's tokens of KL(unsteered ‖ steered), nats, when there is time. Raises as `stream`."""
+        ...
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Makes `grammar` ready for use. Raises GrammarError, ConfigError, EngineStoppedError."""

@@ -13,6 +13,7 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -32,7 +33,7 @@ from server.embedded.responses_api import ResponseFormat, as_chat, blaming_own_f
 from server.embedded.responses_api import sse as named_sse
 from server.embedded.stream import EventStream, unless_disconnected
 from server.errors import InvalidFieldError
-from server.experiments.recording import Recorder
+from server.experiments.drift import Answered, DriftSampler
 from server.experiments.spec import Subject
 from server.limits import Limits
 from server.metrics import ServerMetrics
@@ -41,8 +42,8 @@ from server.steering import ResolvedSteering, Steering
 
 @dataclass(frozen=True)
 class OpenAIRoutes:
-    """The two generation routes on one engine. `vocabulary` bounds token ids, None where it is not known. Without a
-    `recorder` there are no experiments."""
+    """The generation routes on one engine. `vocabulary` bounds token ids, None where it is not known. `drift`
+    has the recorder of experiments; None where there are none."""
 
     engine: ServedEngine
     steering: Steering
@@ -51,7 +52,7 @@ class OpenAIRoutes:
     limits: Limits
     fingerprint: str
     vocabulary: int | None = None
-    recorder: Recorder | None = None
+    drift: DriftSampler | None = None
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -133,10 +134,14 @@ class OpenAIRoutes:
         self, context: RequestContext, answer_id: str, steering: ResolvedSteering, prompts: Sequence[str]
     ) -> Recording | None:
         """Logs the exposure; None for a request that takes no part in an experiment."""
-        if self.recorder is None or steering.assignment is None:
+        if self.drift is None or steering.assignment is None:
             return None
-        self.recorder.exposed(steering.assignment)
-        return Recording(self.recorder, steering.assignment, answer_id, context, prompts)
+        self.drift.recorder.exposed(steering.assignment)
+        measure = partial(self.drift.offer, steering, answer_id, score=self._score)
+        return Recording(self.drift.recorder, steering.assignment, answer_id, context, prompts, measure)
+
+    async def _score(self, answered: Answered) -> float:
+        return await asyncio.wrap_future(self.engine.drift(answered.prompt, answered.response, answered.mix))
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return [self.engine.encode_text(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from atoms.engine import EngineStats, FinishReason, Generation, GenerationRequest, Grammar, TokenDelta, TokenLogprob
 from atoms.errors import EngineError, EngineOverloadedError, EngineStoppedError, RequestTooLongError
+from atoms.mix import Mix
 
 BREAK = "<break>"
 """A word of the script at which generation fails."""
@@ -22,6 +24,7 @@ class ScriptedEngine:
     """Recites `script` word by word, `delay` seconds apart. A word costs one token; a prompt's words are its tokens.
 
     `requests` are all that were submitted, `cancelled` the ids of those left before their end, `tools` the last chat's,
+    `scored` what was asked for its drift, which is always `kl`.
     """
 
     script: str = "one two three"
@@ -35,6 +38,8 @@ class ScriptedEngine:
     running: int = 0
     waiting: int = 0
     tools: Sequence[dict[str, object]] = ()
+    kl: float = 0.05
+    scored: list[tuple[tuple[int, ...], tuple[int, ...], Mix]] = field(default_factory=list)
     _closed: bool = False
 
     def encode_chat(
@@ -48,6 +53,15 @@ class ScriptedEngine:
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Grammars are taken note of in `requests`; the script is recited whatever they say."""
+
+    def drift(self, prompt: Sequence[int], response: Sequence[int], mix: Mix) -> Future[float]:
+        """Recites `kl`."""
+        if self._closed:
+            raise EngineStoppedError("the engine is shutting down")
+        self.scored.append((tuple(prompt), tuple(response), mix))
+        done: Future[float] = Future()
+        done.set_result(self.kl)
+        return done
 
     async def stream(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         self._admit(request)

@@ -6,14 +6,14 @@ one unit are not independent. The database adds up; only one row an arm comes ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Float, case, cast, func, literal_column, null, select
 
 from atoms.detectors import DETECTORS, is_degenerate, is_refusal
-from server.experiments.spec import AUTOMATIC, DETECTOR_PREFIX, Experiment
+from server.experiments.spec import AUTOMATIC, DETECTOR_PREFIX, MEASURED_KL, Experiment
 from server.experiments.statistics import Moments
 from server.store.tables import exposures, outcomes, responses
 
@@ -54,9 +54,10 @@ def _expressions() -> dict[str, ColumnElement[float]]:
 
 
 EXPRESSIONS: Mapping[str, ColumnElement[float]] = MappingProxyType(_expressions())
-"""Automatic metric -> its value for one response. ``error`` is the share of responses that failed with a 5xx."""
+"""Automatic metric -> its value for one response. ``error`` is the share of responses that failed with a 5xx. The one
+that is missing, ``measured_kl``, is stored as outcomes are, when it has been measured."""
 
-PROPORTIONS = frozenset(AUTOMATIC) - {"latency_seconds", "first_token_seconds", "tokens", "characters"}
+PROPORTIONS = frozenset(AUTOMATIC) - {"latency_seconds", "first_token_seconds", "tokens", "characters", MEASURED_KL}
 
 
 def exposed(connection: Connection, experiment: Experiment, until: float | None = None) -> dict[str, int]:
@@ -68,10 +69,32 @@ def exposed(connection: Connection, experiment: Experiment, until: float | None 
     return {arm.name: found.get(arm.name, 0) for arm in experiment.arms}
 
 
+def metric_moments(
+    connection: Connection, experiment: Experiment, names: Iterable[str], until: float | None = None
+) -> dict[str, ArmMoments]:
+    """Metric -> arm -> moments, from the records of all units up to the time `until`."""
+    names = list(names)
+    found = automatic_moments(connection, experiment, [name for name in names if name in EXPRESSIONS], until)
+    if len(found) < len(names):
+        found |= outcome_moments(connection, experiment, until)
+    return {name: found[name] for name in names}
+
+
+def response_values(
+    connection: Connection, experiment_id: int, names: Sequence[str], response_ids: Sequence[str]
+) -> Iterator[tuple[tuple[Any, ...], str, str, dict[str, float]]]:
+    """Primary key, unit, arm and the values of the automatic metrics `names`, for each choice of some responses."""
+    query = select(*responses.primary_key, responses.c.unit, responses.c.arm, *(EXPRESSIONS[name] for name in names))
+    wanted = responses.c.response_id.in_(response_ids)
+    for row in connection.execute(query.where(responses.c.experiment_id == experiment_id, wanted)):
+        values = zip(names, row[5:], strict=True)
+        yield tuple(row[:3]), row.unit, row.arm, {name: float(value) for name, value in values if value is not None}
+
+
 def automatic_moments(
     connection: Connection, experiment: Experiment, names: list[str], until: float | None = None
 ) -> dict[str, ArmMoments]:
-    """Metric -> arm -> moments of the automatic metrics `names`, in one scan."""
+    """Metric -> arm -> moments of metrics that the rows of responses hold, in one scan."""
     if not names:
         return {}
     units = select(
@@ -86,7 +109,7 @@ def automatic_moments(
     rows = connection.execute(select(by_unit.c.arm, *sums).group_by(by_unit.c.arm)).all()
     moments: dict[str, ArmMoments] = {}
     for place, name in enumerate(names):
-        found = {row[0]: _moments(*row[1 + 3 * place : 4 + 3 * place]) for row in rows}
+        found = {row[0]: moments_from_sums(*row[1 + 3 * place : 4 + 3 * place]) for row in rows}
         moments[name] = {arm: value for arm, value in found.items() if value.n}
     return moments
 
@@ -94,7 +117,7 @@ def automatic_moments(
 def outcome_moments(
     connection: Connection, experiment: Experiment, until: float | None = None
 ) -> dict[str, ArmMoments]:
-    """Metric -> arm -> moments of the metrics that clients report."""
+    """Metric -> arm -> moments of the metrics that clients report, and of the measured KL."""
     units = select(outcomes.c.metric, outcomes.c.arm, func.avg(outcomes.c.value).label("value")).where(
         outcomes.c.experiment_id == experiment.id
     )
@@ -102,11 +125,12 @@ def outcome_moments(
         units = units.where(outcomes.c.at <= until)
     by_unit = units.group_by(outcomes.c.unit, outcomes.c.metric, outcomes.c.arm).subquery()
     query = select(by_unit.c.metric, by_unit.c.arm, *_sums(by_unit.c.value)).group_by(by_unit.c.metric, by_unit.c.arm)
-    moments: dict[str, ArmMoments] = {metric.name: {} for metric in experiment.spec.metrics}
+    names = [MEASURED_KL, *(metric.name for metric in experiment.spec.metrics)]
+    moments: dict[str, ArmMoments] = {name: {} for name in names}
     counts = exposed(connection, experiment, until)
     for metric, arm, n, total, squares in connection.execute(query):
-        zeros = counts[arm] if experiment.metric(metric).missing == "zero" else n
-        moments[metric][arm] = _moments(max(n, zeros), total, squares)
+        zeros = counts[arm] if experiment.counts_silence(metric) else n
+        moments[metric][arm] = moments_from_sums(max(n, zeros), total, squares)
     for metric in experiment.spec.metrics:
         if metric.missing == "zero":
             silent = {arm: Moments(n, 0.0, 0.0) for arm, n in counts.items() if n and arm not in moments[metric.name]}
@@ -119,7 +143,7 @@ def _sums(value: ColumnElement[Any]) -> list[ColumnElement[Any]]:
             func.coalesce(func.sum(value * value), literal_column("0.0"))]  # fmt: skip
 
 
-def _moments(n: int, total: float, squares: float) -> Moments:
+def moments_from_sums(n: int, total: float, squares: float) -> Moments:
     """Moments of n values from their sum and sum of squares."""
     if not n:
         return Moments(0, 0.0, 0.0)

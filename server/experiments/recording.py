@@ -7,19 +7,22 @@ report are acknowledged when they are durable.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, Table, delete, select
 
-from server.experiments.measures import marks
-from server.experiments.spec import Assignment
+from server.experiments import rollups
+from server.experiments.measures import EXPRESSIONS, marks, response_values
+from server.experiments.rollups import Change
+from server.experiments.spec import MEASURED_KL, Assignment
 from server.store.database import Database, insert_into
 from server.store.tables import RESPONSE, experiments, exposures, losses, outcomes, responses
 from server.store.writer import Writer
@@ -93,7 +96,7 @@ class Recorder:
 
     database: Database
     scope: str
-    capacity: int = 20_000
+    capacity: int = 50_000
     lost: int = 0
     """Records that this server has dropped."""
     _lost: Counter[int] = field(default_factory=Counter)
@@ -104,7 +107,7 @@ class Recorder:
 
     @property
     def waiting(self) -> int:
-        """Records that are not written yet."""
+        """Rows that are not written yet."""
         return self._writer.waiting
 
     def exposed(self, assignment: Assignment | None) -> None:
@@ -117,13 +120,19 @@ class Recorder:
         if assignment is not None:
             self._offer(assignment, _Response(assignment, time.time(), response))
 
+    def measured(self, assignment: Assignment, response_id: str, kl: float) -> None:
+        """A response's drift has been measured, in nats a token. Returns at once; of a response that has been forgotten
+        meanwhile nothing is stored."""
+        outcome = Outcome(response_id, MEASURED_KL, kl)
+        self._offer(assignment, _Outcomes(assignment.experiment_id, time.time(), [outcome]))
+
     def report(self, experiment_id: int, reported: Sequence[Outcome]) -> Future[set[str]]:
         """Stores outcomes; the future gives the response ids that are not known. Those outcomes are not stored.
 
         A metric's value for a response replaces an earlier one, so that reporting twice counts once. Raises
         StoreOverloadedError; the future may end with StoreUnavailableError.
         """
-        return self._writer.submit(_Outcomes(experiment_id, time.time(), reported))
+        return self._writer.submit(_Outcomes(experiment_id, time.time(), reported), len(reported))
 
     def erase(self, unit: str) -> Future[int]:
         """Deletes all that is known of a unit, in all of the package's experiments; the future counts the rows."""
@@ -147,37 +156,70 @@ class Recorder:
             lost, self._lost = self._lost, Counter()
         try:
             with self.database.write() as connection:
-                known = self._existing({row["experiment_id"] for row in [*response_rows, *exposure_rows]} | lost.keys(),
-                                       connection)  # fmt: skip
-                _insert_new(connection, exposures, [row for row in exposure_rows if row["experiment_id"] in known])
-                _insert_new(connection, responses, [row for row in response_rows if row["experiment_id"] in known])
+                reports = [record for record in records if isinstance(record, _Outcomes)]
+                ids = {row["experiment_id"] for row in [*response_rows, *exposure_rows]} | lost.keys()
+                watched = _watched_metrics(connection, ids | {record.experiment_id for record in reports})
+                changes = _insert_exposures(connection, exposure_rows, watched)
+                changes += _insert_responses(connection, response_rows, watched)
+                unknown, reported = _store_outcomes(connection, reports, watched)
+                rollups.add(connection, changes + reported)
                 losses_rows = [
-                    {"experiment_id": key, "at": time.time(), "count": n} for key, n in lost.items() if key in known
+                    {"experiment_id": key, "at": time.time(), "count": n} for key, n in lost.items() if key in watched
                 ]
                 if losses_rows:
                     connection.execute(losses.insert(), losses_rows)
-                return [self._answer(connection, record) for record in records]
+                answers = iter(unknown)
+                return [self._answer(connection, record, answers) for record in records]
         except Exception:
             with self._lost_lock:
                 self._lost += lost
             raise
 
-    def _answer(self, connection: Connection, record: _Record) -> Any:
+    def _answer(self, connection: Connection, record: _Record, unknown: Iterator[set[str]]) -> Any:
         if isinstance(record, _Outcomes):
-            return _store_outcomes(connection, record)
+            return next(unknown)
         return self._erase(connection, record.unit) if isinstance(record, _Erasure) else None
 
     def _erase(self, connection: Connection, unit: str) -> int:
-        ours = select(experiments.c.id).where(experiments.c.scope == self.scope)
+        ours = connection.execute(select(experiments.c.id).where(experiments.c.scope == self.scope)).scalars().all()
+        rollups.forget(connection, unit, ours)
         return sum(
             connection.execute(delete(table).where(table.c.experiment_id.in_(ours), table.c.unit == unit)).rowcount
             for table in (exposures, responses, outcomes)
         )
 
-    def _existing(self, ids: set[int], connection: Connection) -> set[int]:
-        """Those of `ids` whose experiments have not been deleted meanwhile, and will not be in this transaction."""
-        query = select(experiments.c.id).where(experiments.c.id.in_(ids)).with_for_update(read=True, key_share=True)
-        return set(connection.execute(query).scalars()) if ids else set()
+
+_Watched = Mapping[int, frozenset[str]]
+"""Experiment -> the metrics that its guardrails watch."""
+
+
+def _watched_metrics(connection: Connection, ids: set[int]) -> _Watched:
+    """Of those of `ids` whose experiments have not been deleted meanwhile, and will not be in this transaction."""
+    if not ids:
+        return {}
+    query = select(experiments.c.id, experiments.c.spec).where(experiments.c.id.in_(ids))
+    found = connection.execute(query.with_for_update(read=True, key_share=True)).all()
+    return {key: frozenset(rail["metric"] for rail in json.loads(spec)["guardrails"]) for key, spec in found}
+
+
+def _insert_exposures(connection: Connection, rows: list[dict[str, Any]], watched: _Watched) -> list[Change]:
+    known = {(row["experiment_id"], row["unit"]): row for row in rows if row["experiment_id"] in watched}
+    new = _insert_new(connection, exposures, list(known.values()))
+    return [Change(key[0], rollups.EXPOSED, key[1], known[key]["arm"], 1, 0.0) for key in new if watched[key[0]]]
+
+
+def _insert_responses(connection: Connection, rows: list[dict[str, Any]], watched: _Watched) -> list[Change]:
+    new = set(_insert_new(connection, responses, [row for row in rows if row["experiment_id"] in watched]))
+    changes = []
+    for experiment_id, watched_metrics in watched.items():
+        names = sorted(watched_metrics & EXPRESSIONS.keys())
+        ids = sorted({key[1] for key in new if key[0] == experiment_id})
+        if not names or not ids:
+            continue
+        for key, unit, arm, values in response_values(connection, experiment_id, names, ids):
+            if key in new:
+                changes += [Change(experiment_id, name, unit, arm, 1, value) for name, value in values.items()]
+    return changes
 
 
 def _exposure_row(record: _Exposure) -> dict[str, Any]:
@@ -201,36 +243,79 @@ def _response_rows(record: _Response) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _insert_new(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
-    if rows:  # in one order everywhere: replicas that insert the same rows must not wait for each other
-        ordered = sorted(rows, key=lambda row: [row[column.name] for column in table.primary_key])
-        connection.execute(insert_into(connection, table).on_conflict_do_nothing(), ordered)
+def _insert_new(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The keys of the rows that were not there yet."""
+    if not rows:
+        return []
+    keys = list(table.primary_key)
+    # in one order everywhere: replicas that insert the same rows must not wait for each other
+    ordered = sorted(rows, key=lambda row: [row[column.name] for column in keys])
+    insert = insert_into(connection, table).on_conflict_do_nothing().returning(*keys)
+    return [tuple(row) for row in connection.execute(insert, ordered)]
 
 
-def _store_outcomes(connection: Connection, record: _Outcomes) -> set[str]:
-    """The ids of unknown responses."""
-    wanted = list(dict.fromkeys(outcome.response_id for outcome in record.outcomes))
-    known: dict[str, tuple[str, str]] = {}
-    for start in range(0, len(wanted), _IDS_A_QUERY):
+def _store_outcomes(
+    connection: Connection, records: Sequence[_Outcomes], watched: _Watched
+) -> tuple[list[set[str]], list[Change]]:
+    """The ids of unknown responses, for each record, and what has changed of metrics that guardrails watch."""
+    known: dict[tuple[int, str], tuple[str, str]] = {}
+    for experiment_id in {record.experiment_id for record in records}:
+        wanted = {o.response_id for record in records if record.experiment_id == experiment_id for o in record.outcomes}
+        known |= _answered(connection, experiment_id, sorted(wanted))
+    rows: dict[tuple[int, str, str], dict[str, Any]] = {}
+    unknown = []
+    for record in records:
+        unknown.append({o.response_id for o in record.outcomes if (record.experiment_id, o.response_id) not in known})
+        for outcome in record.outcomes:
+            if (found := known.get((record.experiment_id, outcome.response_id))) is not None:
+                rows[record.experiment_id, outcome.response_id, outcome.metric] = {
+                    "experiment_id": record.experiment_id, "response_id": outcome.response_id, "metric": outcome.metric,
+                    "unit": found[0], "arm": found[1], "value": outcome.value, "at": record.at,
+                }  # fmt: skip
+    new = set(_insert_new(connection, outcomes, list(rows.values())))
+    before = _replace(connection, {key: row for key, row in rows.items() if key not in new})
+    changes = [
+        Change(row["experiment_id"], row["metric"], row["unit"], row["arm"], int(key in new),
+               row["value"] - before.get(key, 0.0))
+        for key, row in rows.items() if row["metric"] in watched.get(row["experiment_id"], ())
+    ]  # fmt: skip
+    return unknown, changes
+
+
+def _answered(
+    connection: Connection, experiment_id: int, response_ids: Sequence[str]
+) -> dict[tuple[int, str], tuple[str, str]]:
+    """Experiment and response -> unit and arm, of those of `response_ids` that are known."""
+    found = {}
+    for start in range(0, len(response_ids), _IDS_A_QUERY):
         query = select(responses.c.response_id, responses.c.unit, responses.c.arm).where(
-            responses.c.experiment_id == record.experiment_id,
-            responses.c.response_id.in_(wanted[start : start + _IDS_A_QUERY]),
+            responses.c.experiment_id == experiment_id,
+            responses.c.response_id.in_(response_ids[start : start + _IDS_A_QUERY]),
             responses.c.choice == 0,
         )
-        known |= {response_id: (unit, arm) for response_id, unit, arm in connection.execute(query)}
-    rows = {}
-    for outcome in record.outcomes:
-        if outcome.response_id in known:
-            unit, arm = known[outcome.response_id]
-            rows[outcome.response_id, outcome.metric] = {
-                "experiment_id": record.experiment_id, "response_id": outcome.response_id, "metric": outcome.metric,
-                "unit": unit, "arm": arm, "value": outcome.value, "at": record.at,
-            }  # fmt: skip
-    if rows:
+        for response_id, unit, arm in connection.execute(query):
+            found[experiment_id, response_id] = unit, arm
+    return found
+
+
+def _replace(
+    connection: Connection, rows: Mapping[tuple[int, str, str], dict[str, Any]]
+) -> dict[tuple[int, str, str], float]:
+    """Gives outcomes that are there already their new values, and returns the old ones."""
+    before = {}
+    keys = sorted(rows)
+    for start in range(0, len(keys), _IDS_A_QUERY):
+        some = keys[start : start + _IDS_A_QUERY]
+        query = select(outcomes.c.experiment_id, outcomes.c.response_id, outcomes.c.metric, outcomes.c.value).where(
+            outcomes.c.experiment_id.in_({key[0] for key in some}), outcomes.c.response_id.in_({key[1] for key in some})
+        )
+        for *key, value in connection.execute(query.order_by(*outcomes.primary_key).with_for_update()):
+            before[tuple(key)] = value
+    if keys:
         insert = insert_into(connection, outcomes)
         replaced = insert.on_conflict_do_update(
             index_elements=["experiment_id", "response_id", "metric"],
             set_={"value": insert.excluded.value, "at": insert.excluded.at},
         )
-        connection.execute(replaced, [rows[key] for key in sorted(rows)])
-    return set(wanted) - known.keys()
+        connection.execute(replaced, [rows[key] for key in keys])
+    return {key: before[key] for key in keys if key in before}

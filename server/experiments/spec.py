@@ -20,14 +20,17 @@ from atoms.mix import Mix
 from server.errors import InvalidFieldError
 from server.experiments.assignment import Range, choose, place, ranges
 from server.store.tables import UNIT
-from server.validation import Strict
+from server.validation import PlainText, Strict
 
 Status = Literal["draft", "running", "stopped"]
 HOLDOUT = "holdout"
 """The arm that gets the server's default mix."""
 DETECTOR_PREFIX = "detector:"
+MEASURED_KL = "measured_kl"
+"""The metric that `drift` measures of a share of the responses."""
 AUTOMATIC = frozenset({
     "error", "latency_seconds", "first_token_seconds", "tokens", "characters", "truncated", "degenerate", "refusal",
+    MEASURED_KL,
     *(f"{DETECTOR_PREFIX}{name}" for name in DETECTORS),
 })  # fmt: skip
 """Metrics that the server records of every response; `measures` says what they mean."""
@@ -42,7 +45,7 @@ class ArmSpec(Strict):
     name: Name
     atoms: dict[str, float] | None = None
     preset: str | None = None
-    weight: float = Field(1.0, gt=0, le=1e6)
+    weight: float = Field(1.0, ge=1e-6, le=1e6)
 
     @model_validator(mode="after")
     def _one_mix(self) -> Self:
@@ -91,7 +94,7 @@ class ExperimentSpec(Strict):
     """
 
     name: Name
-    description: str = Field("", max_length=4000)
+    description: PlainText = Field("", max_length=4000)
     arms: list[ArmSpec] = Field(min_length=1, max_length=16)
     control: str | None = None
     holdout: float = Field(0.0, ge=0, lt=1)
@@ -103,7 +106,7 @@ class ExperimentSpec(Strict):
     primary: str | None = None
     guardrails: list[GuardrailSpec] = Field(default_factory=list, max_length=16)
     max_kl: float | None = Field(None, ge=0)
-    alpha: float = Field(0.05, gt=0, lt=0.5)
+    alpha: float = Field(0.05, ge=1e-6, lt=0.5)
     horizon: int = Field(2000, ge=10, le=10**9)
 
     @field_validator("unit")
@@ -216,6 +219,10 @@ class Experiment:
         """The arm of `unit`, None for one that does not take part. The same on every server."""
         index = choose(place(self.spec.seed or self.name, unit), self.ranges)
         return None if index is None else self.arms[index]
+
+    def counts_silence(self, metric: str) -> bool:
+        """Whether a unit without any value of `metric` counts as 0."""
+        return any(own.name == metric and own.missing == "zero" for own in self.spec.metrics)
 
     def metric(self, name: str) -> MetricSpec:
         """A metric that clients report. Raises InvalidFieldError."""

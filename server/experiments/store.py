@@ -110,7 +110,7 @@ class ExperimentStore:
                 for row in connection.execute(query).mappings()]  # fmt: skip
 
     def _get(self, connection: Connection, name: str) -> Experiment:
-        query = select(experiments).where(experiments.c.scope == self._scope, experiments.c.name == name[:64])
+        query = select(experiments).where(experiments.c.scope == self._scope, experiments.c.name == name)
         row = connection.execute(query).mappings().first()
         if row is None:
             raise ExperimentNotFoundError(f"experiment {name[:64]!r} does not exist", "experiment")

@@ -21,13 +21,13 @@ from server.errors import ConflictError, ExperimentNotFoundError, InvalidFieldEr
 from server.experiments.export import TABLES, export
 from server.experiments.recording import Outcome
 from server.experiments.report import experiment_json, report
-from server.experiments.spec import Experiment, ExperimentSpec, Name
+from server.experiments.spec import Experiment, ExperimentSpec, Name, Subject
 from server.responses import JSONResponse
 from server.routes.presets import preset_json, put_preset
 from server.state import State, required
 from server.steering import Steering
 from server.store.tables import RESPONSE
-from server.validation import Strict, parse
+from server.validation import PlainText, Strict, parse
 
 MAX_OUTCOMES = 10_000
 _LARGEST_VALUE = 1e12
@@ -43,7 +43,7 @@ class RampBody(Strict):
 class StopBody(Strict):
     """Why, for the history."""
 
-    reason: str = Field("stopped by an operator", max_length=1000)
+    reason: PlainText = Field("stopped by an operator", max_length=1000)
 
 
 class PromoteBody(Strict):
@@ -51,7 +51,7 @@ class PromoteBody(Strict):
 
     arm: str
     preset: Name
-    description: str | None = Field(None, max_length=4000)
+    description: PlainText | None = Field(None, max_length=4000)
     if_version: int | None = Field(None, ge=0)
 
 
@@ -67,6 +67,10 @@ class OutcomesBody(Strict):
     """Many at once."""
 
     outcomes: list[OutcomeBody] = Field(min_length=1, max_length=MAX_OUTCOMES)
+
+
+class _ExperimentName(Strict):
+    name: Name
 
 
 class _StatusFilter(Strict):
@@ -186,6 +190,8 @@ def units_router(state: State | None) -> APIRouter:
     @router.delete("/v1/units/{unit:path}", response_model=None)
     async def forget(unit: str, request: Request) -> Response:
         live = _admin(request, state)
+        if Subject(user=unit).unit("user") is None:
+            raise InvalidFieldError("the unit to forget is empty; write DELETE /v1/units/NAME", "unit")
         rows = await asyncio.wrap_future(live.recorder.erase(unit))
         return JSONResponse({"object": "unit.deleted", "unit": unit, "deleted": True, "rows": rows})
 
@@ -194,6 +200,8 @@ def units_router(state: State | None) -> APIRouter:
 
 def _admin(request: Request, state: State | None) -> State:
     require_admin(request, "experiments are run")
+    if (name := request.path_params.get("name")) is not None:
+        parse(_ExperimentName, {"name": name})
     return required(state)
 
 

@@ -22,14 +22,14 @@ from server.presets import Preset
 from server.responses import JSONResponse
 from server.state import State, required
 from server.steering import Steering
-from server.validation import Strict, parse
+from server.validation import PlainText, Strict, parse
 
 
 class PresetBody(Strict):
     """`if_version` is the version that the caller means to replace, 0 for none; without it the last writer wins."""
 
     atoms: dict[str, Any]
-    description: str = Field("", max_length=4000)
+    description: PlainText = Field("", max_length=4000)
     if_version: int | None = Field(None, ge=0)
 
 
@@ -38,7 +38,7 @@ class NewPresetBody(Strict):
 
     name: Name
     atoms: dict[str, Any]
-    description: str = Field("", max_length=4000)
+    description: PlainText = Field("", max_length=4000)
 
 
 class _PresetName(Strict):
@@ -67,6 +67,7 @@ def presets_router(steering: Steering, state: State | None) -> APIRouter:
 
     @router.get("/v1/presets/{name}/versions", response_model=None)
     async def versions(name: str) -> Response:
+        parse(_PresetName, {"name": name})
         found = await asyncio.to_thread(required(state).presets.versions, name)
         return JSONResponse({"object": "list", "data": [preset_json(steering, preset) for preset in found]})
 

@@ -65,6 +65,7 @@ experiments = Table(
     Column("stopped_at", Double),
     Column("stop_reason", Text),
     Index("experiments_by_name", "scope", "name", unique=True),
+    sqlite_autoincrement=True,  # a deleted experiment's id must not be given to another, whose it would seem to be
 )
 
 
@@ -124,6 +125,31 @@ outcomes = Table(
     Column("at", Double, nullable=False),
     Index("outcomes_by_unit", "experiment_id", "unit"),
     comment="What clients said of a response; the last value of a metric counts.",
+)
+
+unit_sums = Table(
+    "unit_sums",
+    metadata,
+    _experiment_key(),
+    Column("metric", String(NAME), primary_key=True),
+    Column("unit", String(UNIT), primary_key=True),
+    Column("arm", String(NAME), nullable=False),
+    Column("n", Integer, nullable=False),
+    Column("total", Double, nullable=False),
+    Index("unit_sums_by_unit", "unit"),
+    comment="A unit's values of a metric that a guardrail watches: how many, and their sum.",
+)
+
+arm_sums = Table(
+    "arm_sums",
+    metadata,
+    _experiment_key(),
+    Column("metric", String(NAME), primary_key=True),
+    Column("arm", String(NAME), primary_key=True),
+    Column("units", Integer, nullable=False),
+    Column("total", Double, nullable=False),
+    Column("squares", Double, nullable=False),
+    comment="Over the units of an arm: how many have a value, the sums of their means and of the squares of those.",
 )
 
 losses = Table(

@@ -27,21 +27,23 @@ Record = TypeVar("Record")
 class _Entry(Generic[Record]):
     record: Record
     done: Future[Any] | None
+    size: int = 1
 
 
 class Writer(Generic[Record]):
     """`commit` makes a group of records durable in one transaction and returns a result for each, in order.
 
-    `capacity` records may wait. `group` bounds one transaction.
+    `capacity` rows may wait; a record has as many as its `size` says. `group` rows are in one transaction, or one record.
     """
 
     def __init__(
-        self, commit: Callable[[Sequence[Record]], Sequence[Any]], *, capacity: int = 20_000, group: int = 1_000
+        self, commit: Callable[[Sequence[Record]], Sequence[Any]], *, capacity: int = 50_000, group: int = 1_000
     ) -> None:
         self._commit = commit
         self._capacity = capacity
         self._group = group
         self._queue: deque[_Entry[Record]] = deque()
+        self._held = 0  # rows in the queue
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="atomsteer-writer", daemon=True)
@@ -49,17 +51,18 @@ class Writer(Generic[Record]):
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        """Rows."""
+        return self._held
 
-    def submit(self, record: Record) -> Future[Any]:
+    def submit(self, record: Record, size: int = 1) -> Future[Any]:
         """Queues a record to be acknowledged: the future ends with its result once it is durable.
 
         It ends with StoreUnavailableError if the database is away; nothing was stored then. Raises
         StoreOverloadedError if the queue is full.
         """
         done: Future[Any] = Future()
-        if not self._enqueue(_Entry(record, done)):
-            raise StoreOverloadedError(f"{self._capacity} records wait to be written; send this again in a moment")
+        if not self._enqueue(_Entry(record, done, size)):
+            raise StoreOverloadedError(f"{self._held} records wait to be written; send this again in a moment")
         return done
 
     def offer(self, record: Record) -> bool:
@@ -75,6 +78,7 @@ class Writer(Generic[Record]):
         with self._changed:
             left = list(self._queue)
             self._queue.clear()
+            self._held = 0
         for entry in left:
             _fail(entry, StoreUnavailableError("the server stopped before this was stored"))
         if left:
@@ -83,9 +87,10 @@ class Writer(Generic[Record]):
 
     def _enqueue(self, entry: _Entry[Record]) -> bool:
         with self._changed:
-            if self._closing or len(self._queue) >= self._capacity:
+            if self._closing or self._held + entry.size > self._capacity:
                 return False
             self._queue.append(entry)
+            self._held += entry.size
             self._changed.notify()
             return True
 
@@ -95,10 +100,16 @@ class Writer(Generic[Record]):
                 return  # closing, and the database is away
 
     def _next_group(self) -> list[_Entry[Record]]:
-        """The oldest records, at most `group`; none when the writer is closing and the queue is empty."""
+        """The oldest records, at most `group` rows; none when the writer is closing and the queue is empty."""
+        group: list[_Entry[Record]] = []
+        size = 0
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            return [self._queue.popleft() for _ in range(min(self._group, len(self._queue)))]
+            while self._queue and (not group or size + self._queue[0].size <= self._group):
+                group.append(self._queue.popleft())
+                size += group[-1].size
+            self._held -= size
+        return group
 
     def _write(self, group: list[_Entry[Record]]) -> bool:
         """Whether to go on at once. While the database is away acknowledged records fail and the others are kept."""
@@ -110,6 +121,7 @@ class Writer(Generic[Record]):
                 _fail(entry, error)
             with self._changed:
                 self._queue.extendleft(reversed(kept))
+                self._held += sum(entry.size for entry in kept)
             return not kept
         except Exception as error:  # a record that cannot be stored must not take its neighbours along
             if len(group) > 1:

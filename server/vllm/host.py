@@ -18,13 +18,14 @@ from fastapi import FastAPI
 from prometheus_client import REGISTRY
 
 from atoms.engine import Phase
-from atoms.errors import AtomsteerError, ConfigError
+from atoms.errors import AtomsteerError, ConfigError, EngineStoppedError
 from atoms.mix import Mix
 from atoms.package import Package
 from server.auth import AuthMiddleware, KeyRing
 from server.body import BodyLimitMiddleware
 from server.context import RequestContextMiddleware, Traffic
 from server.errors import NotSupportedHereError
+from server.experiments.drift import Answered, DriftSampler
 from server.logs import set_up_logging
 from server.metrics import SteeringMetrics
 from server.quotas import QuotaMiddleware, Quotas
@@ -42,8 +43,10 @@ from server.store.schema import open_database
 from server.tracing import TracingMiddleware, make_tracer
 from server.vllm.identity import MixIdentities
 from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
+from server.vllm.scoring import measure_drift
 from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings
 
+_LOOK_SECONDS = 0.2
 _OUR_HEALTH = ("/ready", "/version")  # vLLM's own /health knows whether its engine lives, its /metrics has ours too
 
 
@@ -78,9 +81,9 @@ class SteeringEndpoint:
         self._phases: tuple[Phase, ...] = ("all",)
         metrics = SteeringMetrics(REGISTRY)
         metrics.describe(lambda: package.manifest)
-        recorder = state.recorder if state else None
-        if recorder is not None:
-            metrics.watch(recorder)
+        drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
+        if drift is not None:
+            metrics.watch(drift.recorder)
         health = health_router(package.manifest, metrics, self._is_ready)
         with _added_first(app):
             app.include_router(atoms_router(package, allow_training_text=config.allow_training_text))
@@ -92,7 +95,8 @@ class SteeringEndpoint:
             app.router.routes.extend(route for route in health.routes if getattr(route, "path", "") in _OUR_HEALTH)
         install_error_handlers(app)
         app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=self._traffic,
-                           recorder=recorder, stopped=self._stopped, max_tokens=config.limits.max_tokens)  # fmt: skip
+                           drift=drift, score=self._score, stopped=self._stopped,
+                           limits=config.limits)  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes, seconds=config.body_timeout)
         app.add_middleware(QuotaMiddleware, quotas=Quotas(config.quota), refused=metrics.limited)
         app.add_middleware(AuthMiddleware, keys=KeyRing.of(config), refused=metrics.key_refused)
@@ -115,7 +119,15 @@ class SteeringEndpoint:
         self._traffic.slots = engine_client.vllm_config.scheduler_config.max_num_seqs
         with _added_first(self._app):
             self._app.include_router(models_router(self._steering, max_model_len=length, created=int(time.time())))
-        self._engine = engine_client
+        self._engine, self._identities = engine_client, identities
+
+    async def _score(self, answered: Answered) -> float:
+        """While other requests wait for a place in the batch, so does this."""
+        while self._traffic.generating >= self._traffic.slots:
+            await asyncio.sleep(_LOOK_SECONDS)
+        if self._traffic.draining:
+            raise EngineStoppedError("the server is shutting down")
+        return await measure_drift(self._engine, answered, self._identities.of(answered.mix, answered.digest))
 
     def _is_ready(self) -> bool:
         return self._engine is not None and not self._engine.errored and not self._traffic.draining
@@ -177,9 +189,9 @@ async def _observed(outputs: AsyncIterator[Any], call: SteeredCall) -> AsyncIter
     async for output in outputs:
         if not begun:
             begun = True
-            call.read(len(output.prompt_token_ids or ()))
+            call.read(output.request_id, output.prompt_token_ids or ())
         for answer in output.outputs:
-            call.observe(output.request_id, answer.index, answer.text, len(answer.token_ids), answer.finish_reason)
+            call.observe(output.request_id, answer.index, answer.text, answer.token_ids, answer.finish_reason)
         yield output
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from atoms.errors import AtomsteerError, EngineStoppedError
 from server.context import RequestContext, Traffic, begin_generating
 from server.errors import InvalidFieldError, InvalidJSONError, UnsupportedFieldError, error_body
-from server.experiments.recording import Choice, FinishedResponse, Recorder
+from server.experiments.drift import DriftSampler, Score
+from server.experiments.recording import Choice, FinishedResponse
 from server.experiments.spec import Subject
+from server.limits import Limits
 from server.metrics import SteeringMetrics
 from server.responses import error_response
 from server.routes import is_own_path
@@ -45,22 +47,28 @@ class SteeredCall:
     choices: dict[tuple[str, int], Choice] = field(default_factory=dict)
     first_token_seconds: float | None = None
     context: RequestContext | None = None
+    first: tuple[str, Sequence[int]] | None = None
+    response: list[int] = field(default_factory=list)
 
-    def read(self, tokens: int) -> None:
-        """A prompt of `tokens` was computed."""
+    def read(self, sequence: str, prompt: Sequence[int]) -> None:
+        """A prompt was computed for `sequence`. The first one's tokens are kept."""
         if self.context is not None:
-            self.context.read(tokens)
+            self.context.read(len(prompt))
+        self.first = self.first or (sequence, prompt)
 
-    def observe(self, sequence: str, index: int, text: str, tokens: int, finish_reason: str | None) -> None:
-        """`text` and `tokens` were added to output `index` of `sequence`. Texts are kept where a recorder wants them."""
+    def observe(self, sequence: str, index: int, text: str, tokens: Sequence[int], finish_reason: str | None) -> None:
+        """`text` and `tokens` were added to output `index` of `sequence`. Texts are kept where a recorder wants them, and
+        the tokens of the first output."""
         if self.context is not None:
-            self.context.generated(tokens)
+            self.context.generated(len(tokens))
         if self.steering.assignment is None:
             return
+        if index == 0 and self.first is not None and self.first[0] == sequence:
+            self.response += tokens
         if self.first_token_seconds is None and self.context is not None:
             self.first_token_seconds = self.context.seconds
         before = self.choices.get((sequence, index), Choice("", 0, "", self.prompt))
-        self.choices[sequence, index] = Choice(before.text + text, before.tokens + tokens,
+        self.choices[sequence, index] = Choice(before.text + text, before.tokens + len(tokens),
                                                finish_reason or before.finish_reason, self.prompt)  # fmt: skip
 
 
@@ -77,17 +85,19 @@ class SteeringMiddleware:
         steering: Steering,
         metrics: SteeringMetrics,
         traffic: Traffic,
-        recorder: Recorder | None,
+        drift: DriftSampler | None,
+        score: Score,
         stopped: asyncio.Event,
-        max_tokens: int | None = None,
+        limits: Limits,
     ) -> None:
         self._app = app
-        self._max_tokens = max_tokens
+        self._limits = limits
         self._stopped = stopped
         self._steering = steering
         self._metrics = metrics
         self._traffic = traffic
-        self._recorder = recorder
+        self._drift = drift
+        self._score = score
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or is_own_path(scope["path"]):
@@ -100,9 +110,8 @@ class SteeringMiddleware:
             return await error_response(error)(scope, receive, send)
         token = current.set(call)
         try:
-            await self._run(
-                scope, replayed, _Answer(call if scope["path"] in STEERED_PATHS else None, send, self._recorder)
-            )
+            answered = call if scope["path"] in STEERED_PATHS else None
+            await self._run(scope, replayed, _Answer(answered, send, self._drift, self._score))
         finally:
             current.reset(token)
 
@@ -135,7 +144,7 @@ class SteeringMiddleware:
         if body is None:
             return None
         context.prompt = body.get("messages", body.get("prompt", body.get("input")))
-        self._check_tokens(body)
+        self._check_limits(body)
         model = body.get("model") or self._steering.served_name
         if not isinstance(model, str):
             raise InvalidFieldError("model must be a text", "model")
@@ -148,17 +157,22 @@ class SteeringMiddleware:
                                               subject=subject)  # fmt: skip
         context.steering = resolved
         self._metrics.steered(resolved)
-        if self._recorder is not None:
-            self._recorder.exposed(resolved.assignment)
+        if self._drift is not None:
+            self._drift.recorder.exposed(resolved.assignment)
         return SteeredCall(resolved, model, _prompt(body), context=context)
 
-    def _check_tokens(self, body: Mapping[str, Any]) -> None:
-        """Raises InvalidFieldError for an answer longer than may be asked for. (vLLM is told of the limit for those that
-        say nothing.)"""
+    def _check_limits(self, body: Mapping[str, Any]) -> None:
+        """Raises InvalidFieldError for an answer longer than may be asked for, or more log-probabilities a token. (vLLM is
+        told of the first limit for those that say nothing; its own second one is higher, for measuring KL.)"""
+        tokens, logprobs = self._limits.max_tokens, self._limits.max_logprobs
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             asked = body.get(name)
-            if self._max_tokens is not None and isinstance(asked, int) and asked > self._max_tokens:
-                raise InvalidFieldError(f"{name} asks for {asked} tokens; the limit is {self._max_tokens}", name)
+            if tokens is not None and isinstance(asked, int) and asked > tokens:
+                raise InvalidFieldError(f"{name} asks for {asked} tokens; the limit is {tokens}", name)
+        for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+            asked = body.get(name)
+            if isinstance(asked, int) and not isinstance(asked, bool) and not 0 <= asked <= logprobs:
+                raise InvalidFieldError(f"{name} is {asked}; it must lie between 0 and {logprobs}", name)
 
     def _default(self, scope: Scope) -> SteeredCall:
         """Other paths that generate get the server's default mix."""
@@ -169,10 +183,11 @@ class _Answer:
     """The answer on its way out. Its first message waits for the second, which may be of another length. Without a
     `call` it passes as it is."""
 
-    def __init__(self, call: SteeredCall | None, send: Send, recorder: Recorder | None) -> None:
+    def __init__(self, call: SteeredCall | None, send: Send, drift: DriftSampler | None, score: Score) -> None:
         self._call = call
         self._send = send
-        self._recorder = recorder if call is not None and call.steering.assignment is not None else None
+        self._score = score
+        self._drift = drift if call is not None and call.steering.assignment is not None else None
         self._begun = self._ended = False
         self._start: Message | None = None
         self._status = 0
@@ -223,16 +238,19 @@ class _Answer:
             await self._send(start)
 
     def _record(self) -> None:
-        if self._recorder is None or self._call is None or self._call.context is None:
+        call, drift, self._drift = self._call, self._drift, None
+        if drift is None or call is None or call.context is None:
             return
-        recorder, self._recorder = self._recorder, None
-        choices = tuple(choice for _, choice in sorted(self._call.choices.items()))
+        assignment = call.steering.assignment
+        choices = tuple(choice for _, choice in sorted(call.choices.items()))
         if self._status == 200 and self._response_id is not None:
-            recorder.finished(self._call.steering.assignment, FinishedResponse(
-                self._response_id, choices, self._call.context.seconds, self._call.first_token_seconds))  # fmt: skip
+            drift.recorder.finished(assignment, FinishedResponse(self._response_id, choices, call.context.seconds,
+                                                                 call.first_token_seconds))  # fmt: skip
+            prompt = call.first[1] if call.first is not None else ()
+            drift.offer(call.steering, self._response_id, prompt, call.response, self._score)
         elif self._status >= 500:
-            recorder.finished(self._call.steering.assignment, FinishedResponse(
-                self._call.context.request_id, (), self._call.context.seconds, status=self._status))  # fmt: skip
+            drift.recorder.finished(assignment, FinishedResponse(call.context.request_id, (), call.context.seconds,
+                                                                 status=self._status))  # fmt: skip
 
 
 def with_echo(body: bytes, echo: Mapping[str, object], *, is_stream: bool) -> bytes:

@@ -112,11 +112,14 @@ def _wrap_engine_arguments(package: Package, config: ServeConfig) -> None:
         return
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from server.vllm.scoring import LIKELIEST
         from server.vllm.settings import check
 
         check(package, config)
         own_slots = self.max_loras > 1
         set_engine_arguments(self, package)
+        if config.drift.share and self.max_logprobs != -1:  # clients are held to their own limit by the middleware
+            self.max_logprobs = max(self.max_logprobs, LIKELIEST)
         engine_config = create(self, *args, **kwargs)
         if not own_slots:  # as many distinct mixes as sequences
             engine_config.lora_config.max_loras = engine_config.scheduler_config.max_num_seqs

@@ -17,13 +17,13 @@ from atoms.errors import ConfigError
 from atoms.package import Package
 from server.auth import KeyRing
 from server.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, DATABASE_VARIABLE, ServeConfig
-from server.limits import Limits, Quota
+from server.limits import DriftBudget, Limits, Quota
 from server.steering import Steering
 
 PLUGIN_NAME = "atomsteer"
 PACKAGE_VARIABLE, SETTINGS_VARIABLE, PLUGINS_VARIABLE = "ATOMSTEER_PACKAGE", "ATOMSTEER_SETTINGS", "VLLM_PLUGINS"
 FIELDS = ("served_model_name", "presets", "default_mix", "limits", "quota", "api_key_file", "admin_key_file",
-          "allow_training_text", "access_log", "log_prompts", "log_format", "body_timeout")  # fmt: skip
+          "allow_training_text", "access_log", "log_prompts", "log_format", "body_timeout", "drift")  # fmt: skip
 """Fields of `ServeConfig` that mean the same inside vLLM; the others are vLLM's own options."""
 
 
@@ -38,6 +38,8 @@ def read_settings(environment: Mapping[str, str]) -> ServeConfig | None:
     try:
         if "limits" in fields:
             fields["limits"] = Limits(**fields["limits"])
+        if "drift" in fields:
+            fields["drift"] = DriftBudget(**fields["drift"])
         if "quota" in fields:
             fields["quota"] = Quota(**fields["quota"])
         if "presets" in fields:

@@ -100,12 +100,16 @@ def stock_answers(start, merged_dir: Path, prompts: list[list[int]]) -> list[dic
 
 
 @pytest.fixture(scope="session")
-def server(start, real_package: Package, smol_path: Path) -> Iterator[Running]:
+def server(
+    start, real_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     """`atomsteer serve --engine vllm`."""
     atom = real_package.manifest.atoms[0].id
     command = [sys.executable, "-m", "clients.cli", "serve", "--engine", "vllm", "--package", str(real_package.path),
                "--model", str(smol_path), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16",
-               "--admin-key", ADMIN_KEY, "--shutdown-timeout", "8", "--preset", f"strong={atom}=3", "--database", "none"]  # fmt: skip
+               "--admin-key", ADMIN_KEY, "--shutdown-timeout", "8", "--preset", f"strong={atom}=3",
+               "--database", f"sqlite:///{tmp_path_factory.mktemp('state')}/state.db", "--measured-kl-share", "1",
+               "--measured-kl-tokens", "1000000"]  # fmt: skip
     with start(command, real_package.manifest.name) as running:
         yield running
 
@@ -190,6 +194,11 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def admin_key() -> str:
+    return ADMIN_KEY
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """kill -9 of a real server process while clients report outcomes: what was acknowledged is there, once, as it was sent.
 
-``ATOMSTEER_TEST_KILLS`` says how often; a start costs seconds.
+On SQLite and on PostgreSQL. ``ATOMSTEER_TEST_KILLS`` says how often; a start costs seconds.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import threading
 from pathlib import Path
 
 import httpx
+import pytest
 from sqlalchemy import select, text
 
 from atoms.package import Package
+from server.experiments.measures import metric_moments
+from server.experiments.rollups import moments as sums
+from server.experiments.store import ExperimentStore
 from server.store.schema import open_database
 from server.store.tables import exposures, outcomes, responses
 
@@ -26,6 +30,7 @@ SPEC = {
     "name": "tone",
     "arms": [{"name": "plain", "atoms": {}}, {"name": "listed", "atoms": {"list": 2}}],
     "metrics": [{"name": "score"}],
+    "guardrails": [{"metric": "score", "max": 2}, {"metric": "error", "max": 1}],
 }
 
 
@@ -88,8 +93,8 @@ def count(clients: list[Client]) -> int:
     return sum(len(client.acknowledged) for client in clients)
 
 
-def test_acknowledged_outcomes_survive_kills(package: Package, tmp_path: Path) -> None:
-    url, log = f"sqlite:///{tmp_path}/state.db", tmp_path / "log"
+def test_acknowledged_outcomes_survive_kills(package: Package, database_url: str, tmp_path: Path) -> None:
+    url, log = database_url, tmp_path / "log"
     clients: list[Client] = []
     failures: list[threading.ExceptHookArgs] = []
     rng = random.Random(0)
@@ -124,11 +129,17 @@ def test_acknowledged_outcomes_survive_kills(package: Package, tmp_path: Path) -
     last = stop_cleanly(*start(package, url, log))
     database = open_database(url)
     with database.read() as connection:
-        assert connection.scalar(text("PRAGMA integrity_check")) == "ok"
+        if database.is_sqlite:
+            assert connection.scalar(text("PRAGMA integrity_check")) == "ok"
         stored = {row.response_id: row.value for row in connection.execute(select(outcomes))}
         units = {row.unit for row in connection.execute(select(exposures))}
         answered = connection.execute(select(responses.c.response_id, responses.c.unit)).all()
+        experiment = ExperimentStore(database, package.manifest.name).all(connection)["tone"]
+        summed, scanned = (moments(connection, experiment, ["score", "error"]) for moments in (sums, metric_moments))
     database.close()
+    for metric in summed:
+        for arm, found in summed[metric].items():
+            assert (found.n, found.mean) == (scanned[metric][arm].n, pytest.approx(scanned[metric][arm].mean)), metric
     lost = [a for c in clients for a in c.acknowledged if stored.get(a) not in c.values[a]]
     assert not lost, f"{len(lost)} of {count(clients)} acknowledged outcomes are gone or have another value"
     assert count(clients) >= 10 * KILLS

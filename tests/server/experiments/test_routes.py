@@ -19,7 +19,7 @@ from server import state as state_module
 from server.config import ServeConfig
 from server.embedded.scripted import ScriptedEngine
 from server.experiments.measures import EXPRESSIONS
-from server.experiments.spec import AUTOMATIC
+from server.experiments.spec import AUTOMATIC, MEASURED_KL
 from server.state import State
 from server.steering import Steering
 from server.store.tables import exposures, responses
@@ -50,7 +50,7 @@ async def test_a_life(admin: AsyncClient, client: AsyncClient, spec: Body, call:
         expected = next(arm for arm in started["arms"] if arm["name"] == answer["steering"]["arm"])
         assert answer["steering"] | {"scaled_by": 0} == {
             "mix": expected["mix"], "atoms": expected["atoms"], "predicted_kl": expected["predicted_kl"], "scaled_by": 0,
-            "preset": expected["preset"], "experiment": "tone", "arm": expected["name"],
+            "preset": expected["preset"], "experiment": "tone", "arm": expected["name"], "phase": "all",
         }  # fmt: skip
         if n < 20:
             outcome = {"response_id": answer["id"], "metric": "thumbs", "value": arms[f"u{n}"] == "listed"}
@@ -463,4 +463,4 @@ async def test_a_full_queue_costs_records_and_says_so(running: Body, ask: Call, 
 
 
 def test_every_automatic_metric_has_an_expression() -> None:
-    assert set(EXPRESSIONS) == AUTOMATIC
+    assert set(EXPRESSIONS) | {MEASURED_KL} == AUTOMATIC

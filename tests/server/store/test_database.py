@@ -54,7 +54,7 @@ def test_upgrading_twice_or_at_the_same_time_runs_each_step_once(tmp_path: Path,
             thread.start()
         for thread in threads:
             thread.join()
-        assert sorted(done, key=str) == [("0001", "0001")] * 3 + [(None, "0001")]
+        assert sorted(done, key=str) == [("0002", "0002")] * 3 + [(None, "0002")]
 
 
 def test_a_postgresql_without_tables_is_refused_with_the_command(new_postgresql: str) -> None:
@@ -129,3 +129,28 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
         Database.at(f"sqlite:///{tmp_path}/file/a.db")
+
+
+def test_tables_of_an_earlier_version(tmp_path: Path, new_postgresql: str) -> None:
+    """SQLite is brought up to date as it is opened; PostgreSQL is refused until an operator upgrades it. Rows stay."""
+    from alembic import command
+
+    from server.store.schema import _config
+
+    for url in (f"sqlite:///{tmp_path}/a.db", new_postgresql):
+        database = Database.at(url)
+        with database.write() as connection:
+            config = _config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "0001")
+            connection.execute(revisions.insert(), {"scope": "demo", "number": 7})
+        if not database.is_sqlite:
+            with pytest.raises(ConfigError, match="of revision 0001.*atomsteer db upgrade"):
+                open_database(url)
+            assert upgrade(database) == ("0001", "0002")
+        opened = open_database(url)
+        with opened.read() as connection:
+            assert connection.execute(revisions.select()).all() == [("demo", 7)]
+            assert "unit_sums" in inspect(connection).get_table_names()
+        opened.close()
+        database.close()

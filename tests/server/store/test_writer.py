@@ -42,6 +42,22 @@ def disk() -> Disk:
     return Disk()
 
 
+def test_large_records_fill_the_queue_and_a_transaction_by_their_size(disk: Disk) -> None:
+    writer = Writer(disk.commit, capacity=10, group=5)
+    disk.gate.clear()
+    writer.submit("first")
+    assert disk.entered.wait(5)
+    accepted = [writer.submit("large", 4), writer.submit("larger", 6)]
+    assert writer.waiting == 10 and not writer.offer("one too many")
+    with pytest.raises(StoreOverloadedError, match="10 records"):
+        writer.submit("one too many")
+    disk.gate.set()
+    assert [future.result(5) for future in accepted] == ["large!", "larger!"]
+    assert writer.submit("small").result(5) == "small!" and writer.waiting == 0
+    assert disk.groups == [["first"], ["large"], ["larger"], ["small"]]
+    writer.close()
+
+
 def test_records_that_come_during_a_commit_share_the_next(disk: Disk) -> None:
     writer = Writer(disk.commit)
     disk.gate.clear()

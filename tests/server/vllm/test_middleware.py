@@ -20,6 +20,7 @@ from server.auth import AuthMiddleware, KeyRing
 from server.body import BodyLimitMiddleware
 from server.config import ServeConfig
 from server.context import RequestContextMiddleware, Traffic
+from server.experiments.drift import DriftSampler
 from server.experiments.recording import Outcome
 from server.experiments.spec import ExperimentSpec
 from server.metrics import SteeringMetrics
@@ -92,9 +93,9 @@ def client_to(
         routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/tokenize", "/v1/presets")]
         routes.append(Route("/v1/responses", _hang, methods=["POST"]))
         app = Starlette(routes=[*routes, Route("/v1/completions", _refuse, methods=["POST"])])
-        recorder = state.recorder if state else None
-        app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=traffic, recorder=recorder,
-                           stopped=stopped)  # fmt: skip
+        drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
+        app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=traffic, drift=drift,
+                           score=None, stopped=stopped, limits=config.limits)  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=4096)
         app.add_middleware(AuthMiddleware, keys=KeyRing((), config.admin_keys))
         app.add_middleware(RequestContextMiddleware, traffic=traffic, metrics=metrics, access_log=False)

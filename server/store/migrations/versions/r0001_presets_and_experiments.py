@@ -47,6 +47,7 @@ def upgrade() -> None:
         sa.Column("started_at", sa.Double),
         sa.Column("stopped_at", sa.Double),
         sa.Column("stop_reason", sa.Text),
+        sqlite_autoincrement=True,
     )
     op.create_index("experiments_by_name", "experiments", ["scope", "name"], unique=True)
     op.create_table(

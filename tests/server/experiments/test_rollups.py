@@ -1,0 +1,120 @@
+"""The sums that guardrails read, against the same moments computed from all records."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from server.experiments import rollups
+from server.experiments.measures import metric_moments
+from server.experiments.recording import Choice, FinishedResponse, Outcome, Recorder
+from server.experiments.spec import Assignment, Experiment, ExperimentSpec
+from server.experiments.statistics import Moments
+from server.state import State
+from server.steering import Steering
+from server.store.tables import arm_sums, unit_sums
+
+WATCHED = ("error", "latency_seconds", "first_token_seconds", "tokens", "truncated", "detector:one-word", "measured_kl",
+           "thumbs", "spent")  # fmt: skip
+TEXTS = ("Word.", "Two words here.", "", "a\nb\nc")
+
+
+@pytest.fixture
+def guarded(state: State, package: Any, config: Any, spec: dict[str, Any]) -> Experiment:
+    """A running experiment that watches nine metrics."""
+    rails = [{"metric": metric, "max": 1e9} for metric in WATCHED]
+    parsed = ExperimentSpec.model_validate(spec | {"guardrails": rails}).completed()
+    arms = Steering.of(package, config).freeze(parsed)
+    state.experiments.create(parsed, arms, "1.0")
+    started = state.experiments.start("tone", arms, "1.0")
+    state.refresh()
+    return started
+
+
+class User:
+    """Random traffic of one thread, much of it about the same few units."""
+
+    def __init__(self, recorder: Recorder, experiment: Experiment, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._recorder, self._experiment, self._seed = recorder, experiment, seed
+        self._answered: list[str] = []
+
+    def act(self, steps: int) -> None:
+        for step in range(steps):
+            self._answer(step)
+            rng = self._rng
+            if rng.random() < 0.5:
+                metric = rng.choice(("thumbs", "spent"))
+                wanted = {rng.choice(self._answered), rng.choice(self._answered), "unknown"}
+                self._recorder.report(self._experiment.id, [Outcome(r, metric, rng.random()) for r in wanted])
+            if rng.random() < 0.05:
+                self._recorder.erase(f"u{rng.randrange(40)}")
+        self._recorder.erase("nobody at all").result(30)
+
+    def _answer(self, step: int) -> None:
+        rng = self._rng
+        n = rng.randrange(40)
+        assignment = Assignment(self._experiment.id, f"u{n}", ("plain", "listed", "nice")[n % 3])
+        answer = f"r{self._seed}-{step}" if rng.random() < 0.9 or not self._answered else rng.choice(self._answered)
+        self._recorder.exposed(assignment)
+        choices = [
+            Choice(rng.choice(TEXTS), rng.randrange(9), rng.choice(("stop", "length"))) for _ in range(rng.randrange(3))
+        ]
+        status = 200 if choices else 500
+        first = rng.random() if choices else None
+        self._recorder.finished(assignment, FinishedResponse(answer, choices, rng.random() * 1000, first, status))
+        if rng.random() < 0.3:
+            self._recorder.measured(assignment, answer, rng.random())
+        self._answered.append(answer)
+
+
+def assert_sums_hold(state: State, experiment: Experiment) -> None:
+    with state.database.read() as connection:
+        summed = rollups.moments(connection, experiment, WATCHED)
+        scanned = metric_moments(connection, experiment, WATCHED)
+    for metric in WATCHED:
+        assert summed[metric].keys() >= scanned[metric].keys(), metric
+        for arm, found in summed[metric].items():
+            expected = scanned[metric].get(arm, Moments(0, 0.0, 0.0))
+            assert found.n == expected.n, (metric, arm)
+            assert (found.mean, found.variance) == pytest.approx((expected.mean, expected.variance), rel=1e-6, abs=1e-6)
+
+
+def test_sums_equal_scans_whatever_happens(state: State, guarded: Experiment) -> None:
+    """Repeated responses, replaced outcomes, several choices, failures, units that are forgotten and come back."""
+    user = User(state.recorder, guarded, 0)
+    for _ in range(4):
+        user.act(60)
+        assert_sums_hold(state, guarded)
+    with state.database.read() as connection:
+        assert connection.scalar(select(func.count()).select_from(unit_sums)) > 100, "nothing was summed"
+
+
+def test_sums_of_two_replicas_that_write_at_once(
+    state: State, guarded: Experiment, state_of: Callable[[str], State], database_url: str
+) -> None:
+    replica = state_of(database_url)
+    users = [User(state.recorder, guarded, 1), User(replica.recorder, guarded, 2)]
+    threads = [threading.Thread(target=user.act, args=(150,)) for user in users]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert_sums_hold(state, guarded)
+
+
+def test_nothing_is_summed_for_an_experiment_without_guardrails(
+    state: State, package: Any, config: Any, spec: dict[str, Any]
+) -> None:
+    parsed = ExperimentSpec.model_validate(spec).completed()
+    arms = Steering.of(package, config).freeze(parsed)
+    state.experiments.create(parsed, arms, "1.0")
+    User(state.recorder, state.experiments.start("tone", arms, "1.0"), 3).act(20)
+    with state.database.read() as connection:
+        assert connection.execute(select(unit_sums)).all() == connection.execute(select(arm_sums)).all() == []
