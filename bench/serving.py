@@ -7,7 +7,8 @@
 A cell KxJ has K distinct mixes of J atoms in flight, spread over max(16, K) concurrent requests. It is measured in pairs
 with the unsteered engine, one asked at a time, in turns which goes first: the embedded server against itself, vLLM
 against vLLM on the merged model with LoRA off. Every round has prompts and mixes never sent before. The figure is the
-ratio of generated tokens a second, the median of the pairs with its 95% interval (order statistics).
+ratio of generated tokens a second, the median of the pairs with its 95% interval (order statistics; the extremes of fewer
+than nine pairs).
 
     0x0    unsteered requests on the steering server
     stockS vLLM's own LoRA with S slots and an adapter on disk for each of 16 mixes, against the same unsteered engine
@@ -200,7 +201,7 @@ def measure(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     results = json.loads((args.out / f"{args.host}.json").read_text())
     print(f"{args.host} on {results['machine']}; {results['dtype']}, bank of {results['bank']} atoms\n")
-    print("| cell | unsteered tokens/s | its own | ratio | 95% | pairs |\n|---|---|---|---|---|---|")
+    print("| cell | unsteered tokens/s | its own | ratio | interval | pairs |\n|---|---|---|---|---|---|")
     for cell, pairs in results["cells"].items():
         if cell == "ttft":
             continue
@@ -209,7 +210,9 @@ def show(args: argparse.Namespace) -> None:
         print(f"| {cell} | {plain:.0f} | {own:.0f} | {middle:.2f} | {low:.2f}-{high:.2f} | {len(pairs)} |")
     if firsts := results["cells"].get("ttft"):
         medians = [statistics.median(column) * 1000 for column in zip(*firsts, strict=True)]
-        print("\n| first token | ms | to unsteered | to warm | 95% of that | requests |\n|---|---|---|---|---|---|")
+        print(
+            "\n| first token | ms | to unsteered | to warm | interval of that | requests |\n|---|---|---|---|---|---|"
+        )
         for place, kind in enumerate(FIRST_TOKENS):
             low, _, high = interval([row[place] / row[1] for row in firsts])
             print(f"| {kind} | {medians[place]:.0f} | {medians[place] / medians[0]:.2f} | "

@@ -90,6 +90,7 @@ def engine_options(config: ServeConfig) -> EngineOptions:
         max_model_len=config.max_model_len,
         max_waiting=config.max_waiting,
         prefill_tokens_per_step=config.prefill_tokens_per_step,
+        prefix_cache_tokens=config.prefix_cache_tokens,
     )
 
 

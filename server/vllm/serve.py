@@ -83,8 +83,8 @@ def vllm_options(config: ServeConfig, name: str, revision: str | None) -> dict[s
 def _embedded_only(config: ServeConfig) -> Iterator[tuple[str, object, object]]:
     """Name, value and default of each setting that vLLM has no equal of."""
     for field in fields(ServeConfig):
-        if field.name == "prefill_tokens_per_step":
-            yield field.name, config.prefill_tokens_per_step, field.default
+        if field.name in ("prefill_tokens_per_step", "prefix_cache_tokens"):
+            yield field.name, getattr(config, field.name), field.default
     for limit in fields(Limits):
         if limit.name in _EMBEDDED_ONLY:
             yield limit.name, getattr(config.limits, limit.name), limit.default

@@ -232,6 +232,8 @@ def test_digests_differ_by_coefficient(steering: Steering) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
+        {"prefix_cache_tokens": -1},
+        {"prefix_cache_tokens": 1.5},
         {"port": 70000},
         {"port": "80"},
         {"host": " "},

@@ -75,7 +75,13 @@ def test_options_that_would_break_steering_are_refused(package: Package, config:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"device": "cpu"}, {"port": 0}, {"prefill_tokens_per_step": 64}, {"limits": Limits(max_stop=2)}],
+    [
+        {"device": "cpu"},
+        {"port": 0},
+        {"prefill_tokens_per_step": 64},
+        {"prefix_cache_tokens": 0},
+        {"limits": Limits(max_stop=2)},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_settings_that_vllm_cannot_follow_are_refused(package: Package, config: ServeConfig, changes: dict) -> None:
