@@ -22,6 +22,9 @@ from torch import Tensor
 
 from atoms.space import Direction, LoRASpace
 
+_PART = 32
+"""Rows that are solved together: their working sets, of like size, are padded to the largest."""
+
 
 @dataclass(frozen=True)
 class MatrixBasis:
@@ -178,35 +181,67 @@ class RowWhitening:
                    tensors.get("leading_factors", plain.factors))  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Coding:
+    """Codes (N, K) of rows, and the objective and the duality gap of each row, (N,)."""
+
+    codes: Tensor
+    objective: Tensor
+    gap: Tensor
+
+
 class SparseCoder:
-    """Codes rows in one dictionary (K, D): its Gram matrix and step size are worked out once, for any number of blocks."""
+    """Codes rows in one dictionary (K, D), whose Gram matrix is worked out once for any number of blocks.
+
+    Few atoms take part in a row, so each row is solved on a *working set*: the atoms that correlate with it by more than α.
+    Atoms whose correlation with what is left exceeds α join, until there are none; the codes are then optimal over all K.
+    """
 
     def __init__(self, dictionary: Tensor) -> None:
         self.dictionary = dictionary
         self._gram = dictionary @ dictionary.T  # (K, K)
-        self._step = 1.0 / float(torch.linalg.eigvalsh(self._gram.double())[-1].clamp_min(1e-12))
 
     def codes(
         self, rows: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
     ) -> Tensor:
-        """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁ by FISTA on the Gram matrix, with adaptive restart.
+        """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁, rows (N, D). A code changes by less than `tolerance` at the end."""
+        return self._solve(rows @ self.dictionary.T, alpha, nonnegative, iterations, tolerance)[0]
 
-        rows (N, D). Beck & Teboulle 2009; restart of O'Donoghue & Candès 2015. Stops when no code changes by more than
-        `tolerance`.
-        """
-        gram, step, target = self._gram, self._step, rows @ self.dictionary.T  # (N, K)
-        codes = torch.zeros_like(target)
-        momentum, t = codes, 1.0
-        for _ in range(iterations):
-            updated = _shrink(momentum - step * (momentum @ gram - target), step * alpha, nonnegative)
-            change = updated - codes
-            if float(((momentum - updated) * change).sum()) > 0:  # the objective went up: restart the momentum
-                t = 1.0
-            t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
-            momentum, codes, t = updated + (t - 1) / t_next * change, updated, t_next
-            if float(change.abs().max()) < tolerance:
-                break
-        return codes
+    def coding(
+        self, rows: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
+    ) -> Coding:
+        """Codes with their objective and duality gap, for one product with the dictionary in all."""
+        target = rows @ self.dictionary.T
+        codes, correlation = self._solve(target, alpha, nonnegative, iterations, tolerance)
+        squared, fitted = rows.square().sum(1), (codes * target).sum(1)  # ‖x‖², x·Da
+        residual = squared - fitted - (codes * correlation).sum(1)  # ‖x − Da‖²
+        value = 0.5 * residual + alpha * codes.abs().sum(1)
+        scale = _dual_scale(correlation, alpha, nonnegative)
+        return Coding(codes, value, value - scale * (squared - fitted) + 0.5 * scale.square() * residual)
+
+    def _solve(
+        self, target: Tensor, alpha: float, nonnegative: bool, iterations: int, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        """(codes, correlation of the residual with every atom), both (N, K). `target` is X Dᵀ."""
+        codes, correlation = torch.zeros_like(target), target.clone()
+        working = torch.zeros_like(target, dtype=torch.bool)
+        pending = torch.arange(len(target))
+        while True:
+            strength = correlation[pending] if nonnegative else correlation[pending].abs()
+            joining = (strength > alpha + tolerance) & ~working[pending]
+            pending, joining = pending[joining.any(1)], joining[joining.any(1)]
+            if not len(pending):
+                return codes, correlation
+            working[pending] |= joining
+            pending = pending[torch.argsort(working[pending].sum(1), stable=True)]  # parts of like size
+            for part in pending.split(_PART):
+                columns = working[part].float().topk(int(working[part].sum(1).max()), dim=1).indices
+                gram = self._gram[columns[:, :, None], columns[:, None, :]]  # (n, s, s)
+                solved = _fista(gram, target[part].gather(1, columns), codes[part].gather(1, columns), alpha,
+                                nonnegative, iterations, tolerance)  # fmt: skip
+                codes[part] = codes[part].scatter(1, columns, solved)
+                working[part] = working[part].scatter(1, columns, True)
+            correlation[pending] = target[pending] - codes[pending] @ self._gram
 
 
 def sparse_codes(rows: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool) -> Tensor:
@@ -224,8 +259,7 @@ def duality_gap(rows: Tensor, codes: Tensor, dictionary: Tensor, alpha: float, *
     """Primal minus dual value per row, (N,), ≥ 0: how far the codes can be from optimal at this dictionary."""
     residual = rows - codes @ dictionary
     correlation = residual @ dictionary.T
-    worst = (correlation if nonnegative else correlation.abs()).max(dim=1).values.clamp_min(0)
-    scale = (alpha / worst.clamp_min(1e-12)).clamp_max(1.0)[:, None]  # makes the residual feasible for the dual
+    scale = _dual_scale(correlation, alpha, nonnegative)[:, None]
     dual = 0.5 * rows.square().sum(1) - 0.5 * (rows - scale * residual).square().sum(1)
     return objective(rows, codes, dictionary, alpha) - dual
 
@@ -236,7 +270,36 @@ def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None], norms
 
 
-def _shrink(values: Tensor, threshold: float, nonnegative: bool) -> Tensor:
+def _dual_scale(correlation: Tensor, alpha: float, nonnegative: bool) -> Tensor:
+    """(N,) factors ≤ 1 that make residuals feasible for the dual, from their correlations (N, K) with the atoms."""
+    worst = (correlation if nonnegative else correlation.abs()).max(dim=1).values
+    return (alpha / worst.clamp_min(1e-12)).clamp_max(1.0)
+
+
+def _fista(
+    gram: Tensor, target: Tensor, codes: Tensor, alpha: float, nonnegative: bool, iterations: int, tolerance: float
+) -> Tensor:
+    """Codes (n, s) that minimise ½ a G a − a·t + α‖a‖₁ for each row's own Gram matrix G (n, s, s) and target (n, s).
+
+    Beck & Teboulle 2009, with the adaptive restart of O'Donoghue & Candès 2015, from `codes` on. The step is one over the
+    largest row sum of |G|, which bounds the largest eigenvalue.
+    """
+    step = 1.0 / gram.abs().sum(2).amax(1, keepdim=True).clamp_min(1e-12)
+    momentum, t = codes, 1.0
+    for _ in range(iterations):
+        gradient = torch.bmm(momentum[:, None], gram)[:, 0] - target
+        updated = _shrink(momentum - step * gradient, step * alpha, nonnegative)
+        change = updated - codes
+        if float(((momentum - updated) * change).sum()) > 0:  # the objective went up: restart the momentum
+            t = 1.0
+        t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        momentum, codes, t = updated + (t - 1) / t_next * change, updated, t_next
+        if float(change.abs().max()) < tolerance:
+            break
+    return codes
+
+
+def _shrink(values: Tensor, threshold: Tensor, nonnegative: bool) -> Tensor:
     if nonnegative:
         return (values - threshold).clamp_min(0)
     return values.sign() * (values.abs() - threshold).clamp_min(0)

@@ -23,24 +23,23 @@ from offline.config import DictionaryConfig
 from offline.dictionary import learn_dictionary
 from offline.plan import made_up_rows
 from offline.progress import Progress
-from offline.rows import SHARD_DOCUMENTS
 
 POINTS = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
 """(rows, atoms, components)."""
 ITERATIONS = 40
 
 
-def iteration_operations(rows: int, count: int, dim: int, steps: float, blocks: int) -> dict[str, float]:
-    """Floating-point operations of one alternation of offline/dictionary.py.
+def iteration_operations(rows: int, count: int, dim: int, small: float) -> dict[str, float]:
+    """Floating-point operations of one alternation of offline/dictionary.py; `small`: those of FISTA on a row's working set.
 
-    A block's Gram matrix and its largest eigenvalue, the products of rows with atoms (correlations, two residuals, the
-    duality gap's correlations, the objective within the gap, AᵀX), FISTA steps on the Gram matrix with AᵀA, one sweep of atoms.
+    One product of rows and atoms, one of codes and Gram matrix in each of about two rounds of working sets, AᵀA, the Gram
+    matrix, and the products of a sweep of atoms. AᵀX takes a few additions of D numbers a row.
     """
     return {
-        "Gram matrix a block": blocks * (2 * count**2 * dim + 4 / 3 * count**3),
-        "rows × atoms": 6 * 2 * rows * count * dim,
-        "FISTA": (steps + 1) * 2 * rows * count**2,
-        "update of atoms": 2 * count**2 * dim,
+        "rows × atoms": 2 * rows * count * dim,
+        "codes × Gram matrix, AᵀA": 3 * 2 * rows * count**2,
+        "FISTA on working sets": rows * small,
+        "Gram matrix, update of atoms": 2 * 2 * count**2 * dim,
     }
 
 
@@ -58,13 +57,12 @@ def main() -> None:
     points = [measure(*point) for point in POINTS]
     rate = statistics.median(point["operations"] / point["seconds"] for point in points)
     print(f"two alternations each, at {rate / 1e9:.1f} GFLOP/s")
-    print(f"{'rows':>6}{'atoms':>7}{'dim':>6}{'steps':>7}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
+    print(f"{'rows':>6}{'atoms':>7}{'dim':>6}{'FISTA/row':>11}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
     for point in points:
         point["ratio"] = point["seconds"] * rate / point["operations"]
-        print(f"{point['rows']:>6}{point['atoms']:>7}{point['dim']:>6}{point['steps']:>7.0f}{point['seconds']:>12.2f}"
+        print(f"{point['rows']:>6}{point['atoms']:>7}{point['dim']:>6}{point['small']:>11.2g}{point['seconds']:>12.2f}"
               f"{point['operations'] / rate:>12.2f}{point['ratio']:>7.2f}")  # fmt: skip
-    steps = statistics.mean(point["steps"] for point in points)
-    table = project(options, steps)
+    table = project(options, max(point["small"] for point in points))
     size = f"{options.documents:,} documents of {options.tokens:g} tokens"
     print(f"\n{size}, {options.atoms:,} atoms of {options.components:,} components")
     for name, value in table.items():
@@ -75,13 +73,13 @@ def main() -> None:
 
 def measure(rows: int, count: int, dim: int) -> dict[str, float]:
     """One point: seconds and modelled operations of two alternations here."""
-    calls = 0
+    small = 0
     shrink = atoms.projection._shrink
 
-    def counted(*arguments):
-        nonlocal calls
-        calls += 1
-        return shrink(*arguments)
+    def counted(values, *arguments):
+        nonlocal small
+        small += 2 * values.shape[0] * values.shape[1] ** 2
+        return shrink(values, *arguments)
 
     with tempfile.TemporaryDirectory() as folder:
         store = made_up_rows(Path(folder), rows, dim, count)
@@ -90,18 +88,16 @@ def measure(rows: int, count: int, dim: int) -> dict[str, float]:
         learn_dictionary(store, range(rows), DictionaryConfig(atoms=count, iterations=2), 0, Progress(quiet=True))
         seconds = time.process_time() - started
         atoms.projection._shrink = shrink
-    blocks = len(store.shards)
-    steps = calls / (2 * blocks)
-    operations = 2 * sum(iteration_operations(rows, count, dim, steps, blocks).values())
-    return {"rows": rows, "atoms": count, "dim": dim, "steps": steps, "seconds": seconds, "operations": operations}
+    a_row = small / (2 * rows)
+    operations = 2 * sum(iteration_operations(rows, count, dim, a_row).values())
+    return {"rows": rows, "atoms": count, "dim": dim, "small": a_row, "seconds": seconds, "operations": operations}
 
 
-def project(options: argparse.Namespace, steps: float) -> Mapping[str, str]:
+def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
     """The model at the size asked for."""
     documents, count, dim = options.documents, options.atoms, options.components
     tokens = documents * options.tokens
-    blocks = max(1, documents // SHARD_DOCUMENTS)
-    operations = iteration_operations(documents, count, dim, steps, blocks)
+    operations = iteration_operations(documents, count, dim, small)
     hours = {name: ITERATIONS * value / options.flops / 3600 for name, value in operations.items()}
     return {
         "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),

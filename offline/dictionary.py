@@ -1,6 +1,6 @@
 """Sparse dictionary learning on whitened rows: min ½‖X − A D‖² + α‖A‖₁ over codes A (≥ 0) and unit atoms D.
 
-Alternates codes (FISTA, `atoms.projection.SparseCoder`) with exact block updates of one atom after the other. Only AᵀA
+Alternates codes (`atoms.projection.SparseCoder`) with exact block updates of one atom after the other. Only AᵀA
 (K, K) and AᵀX (K, D) are kept between the two, and both add up over shards and ranks, so memory does not grow with N.
 """
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from atoms.errors import ConfigError
-from atoms.projection import SparseCoder, duality_gap, objective, sparse_codes
+from atoms.projection import SparseCoder
 from offline.config import DictionaryConfig
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore
 
 _TOLERANCE = 1e-4
+_BLOCK = 32
+"""Atoms that are updated between two products with all atoms: so many rows of D numbers stay in a core's cache."""
 _REVIVE_UNTIL = 0.6
 """Dead atoms are revived in the first 60% of the iterations, so that the last ones converge."""
 
@@ -112,11 +114,10 @@ def learn_with_scikit(
     with progress.task(name, 1, "fits") as bar:
         learner.fit(rows.double().numpy())
         atoms = _unit(torch.from_numpy(learner.components_).float())
-        codes = sparse_codes(rows, atoms, config.alpha, nonnegative=config.nonnegative)
-        value = float(objective(rows, codes, atoms, config.alpha).double().mean())
-        gap = duality_gap(rows, codes, atoms, config.alpha, nonnegative=config.nonnegative)
+        coding = SparseCoder(atoms).coding(rows, config.alpha, nonnegative=config.nonnegative)
+        value = float(coding.objective.double().mean())
         bar.advance(1, f"objective {value:.4f}")
-    return Dictionary(atoms, (value,), float(gap.double().mean()))
+    return Dictionary(atoms, (value,), float(coding.gap.double().mean()))
 
 
 def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> tuple[Tensor, Tensor]:
@@ -133,16 +134,22 @@ def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: Dic
 def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     """One Gauss-Seidel sweep: each unit atom is set to its exact minimiser d_j ∝ AᵀX_j − Σ_{k≠j} AᵀA_jk d_k.
 
-    atoms (K, D), gram AᵀA (K, K), cross AᵀX (K, D). Atoms that no row uses are left as they are.
+    atoms (K, D), gram AᵀA (K, K), cross AᵀX (K, D). Atoms that no row uses are left as they are. What a block of atoms needs of
+    all others is one product; within the block each change is passed on to those that follow.
     """
     atoms = atoms.clone()
-    for j in range(len(atoms)):
-        if gram[j, j] <= 0:
-            continue
-        candidate = cross[j] - gram[j] @ atoms + gram[j, j] * atoms[j]
-        norm = candidate.norm()
-        if norm > 0:
-            atoms[j] = candidate / norm
+    for start in range(0, len(atoms), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        residual = cross[block] - gram[block] @ atoms
+        for j, own in enumerate(gram.diagonal()[block].tolist()):
+            if own <= 0:
+                continue
+            candidate = residual[j] + own * atoms[start + j]
+            norm = candidate.norm()
+            if norm > 0:
+                change = candidate / norm - atoms[start + j]
+                residual[j + 1 :].addr_(gram[block, start + j][j + 1 :], change, alpha=-1)
+                atoms[start + j] += change
     return atoms
 
 
@@ -154,12 +161,11 @@ def _accumulate(
                         torch.tensor([[-torch.inf, -1.0]] * count, dtype=torch.float64))  # fmt: skip
     coder = SparseCoder(atoms)
     for numbers, rows in store.blocks(documents, ranks):
-        codes = coder.codes(rows, config.alpha, nonnegative=config.nonnegative)
-        losses = objective(rows, codes, atoms, config.alpha).double()
-        gaps = duality_gap(rows, codes, atoms, config.alpha, nonnegative=config.nonnegative).double()
-        total.gram += codes.T @ codes
-        total.cross += codes.T @ rows
-        total.sums += torch.stack([losses.sum(), gaps.sum(), torch.tensor(float(len(rows)), dtype=torch.float64)])
+        coding = coder.coding(rows, config.alpha, nonnegative=config.nonnegative)
+        losses = coding.objective.double()
+        total.gram += coding.codes.T @ coding.codes
+        total.cross += torch.sparse.mm(coding.codes.T.to_sparse(), rows)  # a row uses a few atoms only
+        total.sums += torch.stack([losses.sum(), coding.gap.double().sum(), losses.new_tensor(len(rows))])
         total.worst = _largest(torch.cat([total.worst, torch.stack([losses, numbers.double()], 1)]), count)
     ranks.add(total.gram, total.cross, total.sums)
     total.worst = _largest(ranks.gather(total.worst), count)
