@@ -182,6 +182,29 @@ def test_cancelling_a_waiting_request_removes_it(tiny: PreTrainedModel, make_eng
     _wait_until(lambda: engine.stats().running == 0)
 
 
+def test_a_long_prompt_is_read_between_the_tokens_of_running_answers(
+    tiny: PreTrainedModel, make_engine: MakeEngine
+) -> None:
+    """400 tokens in steps of 10, a quarter of 40: the running answer goes on by a token for each."""
+    engine = make_engine(tiny, max_model_len=1000, prefill_tokens_per_step=40)
+    sampling = SamplingParams(max_tokens=500, temperature=0, ignore_eos=True)
+
+    async def scenario() -> int:
+        running = engine.stream(GenerationRequest("running", (5, 6), sampling=sampling))
+        await anext(running)
+        long = GenerationRequest("long", tuple(range(3, 403)), sampling=SamplingParams(max_tokens=1))
+        reading = asyncio.create_task(anext(engine.stream(long)))
+        between = 0
+        while not reading.done():
+            await anext(running)
+            between += 1
+        await reading
+        await running.aclose()
+        return between
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) >= 40
+
+
 def test_an_error_in_one_request_ends_that_one_alone(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny)
     expected = engine.generate([_request(mix=Mix.of({"a": 1}))])[0].token_ids
