@@ -27,7 +27,9 @@ def test_every_option_of_serve_is_listed_with_its_default() -> None:
     for name, parameter in options.items():
         value = parameter.default
         if isinstance(value, int | float) and not isinstance(value, bool):
-            assert f"{value:,g}".replace(",", "") in re.sub(r"(?<=\d),(?=\d{3})", "", listed[name]), (name, value)
+            assert (f"{value:g}" if isinstance(value, float) else str(value)) in re.sub(
+                r"(?<=\d),(?=\d{3})", "", listed[name]
+            ), (name, value)
 
 
 async def test_every_metric_is_listed_and_the_dashboard_asks_for_none_that_is_not_there(
