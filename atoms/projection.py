@@ -241,7 +241,7 @@ class SparseCoder:
                                 nonnegative, iterations, tolerance)  # fmt: skip
                 codes[part] = codes[part].scatter(1, columns, solved)
                 working[part] = working[part].scatter(1, columns, True)
-            correlation[pending] = target[pending] - codes[pending] @ self._gram
+            correlation[pending] = target[pending] - torch.sparse.mm(codes[pending].to_sparse(), self._gram)
 
 
 def sparse_codes(rows: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool) -> Tensor:

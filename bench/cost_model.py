@@ -26,19 +26,19 @@ from offline.progress import Progress
 
 POINTS = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
 """(rows, atoms, components)."""
-ITERATIONS = 40
+ITERATIONS, USED = 40, 3
+"""Alternations, and atoms in a row's code (2-3 at α = 0.1)."""
 
 
 def iteration_operations(rows: int, count: int, dim: int, small: float) -> dict[str, float]:
     """Floating-point operations of one alternation of offline/dictionary.py; `small`: those of FISTA on a row's working set.
 
-    One product of rows and atoms, one of codes and Gram matrix in each of about two rounds of working sets, AᵀA, the Gram
-    matrix, and the products of a sweep of atoms. AᵀX takes a few additions of D numbers a row.
+    One product of rows and atoms; codes are sparse, so the Gram matrix, AᵀA and AᵀX cost USED atoms a row; the Gram matrix
+    itself, and the products of a sweep of atoms.
     """
     return {
         "rows × atoms": 2 * rows * count * dim,
-        "codes × Gram matrix, AᵀA": 3 * 2 * rows * count**2,
-        "FISTA on working sets": rows * small,
+        "sparse codes": rows * (small + 2 * USED * (3 * count + dim)),
         "Gram matrix, update of atoms": 2 * 2 * count**2 * dim,
     }
 

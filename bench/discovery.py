@@ -302,20 +302,21 @@ def memory_config(model: Path, data: Path, limit: int | None, out: Path) -> Disc
     """Every stage, at the defaults of what decides on memory; few steps of what only takes time."""
     return DiscoverConfig(
         model=str(model), data=data, out=out, limit=limit, dtype="float32", device="cpu",
-        finetune=FinetuneConfig(epochs=0.1), dictionary=DictionaryConfig(atoms=100, alpha=ALPHA),
+        finetune=FinetuneConfig(epochs=0.02), curvature=CurvatureConfig(factor_documents=16, eigenvalue_documents=16),
+        dictionary=DictionaryConfig(atoms=100, alpha=ALPHA),
         select=SelectConfig(keep=4, min_documents=2, min_z=-1e6, min_stability=0.0),
-        calibrate=CalibrateConfig(prompts=4, continuation_tokens=16),
+        calibrate=CalibrateConfig(prompts=2, continuation_tokens=8),
     )  # fmt: skip
 
 
 def short_documents(options: argparse.Namespace, folder: Path, count: int) -> Path:
-    """`count` chats of about 25 tokens: the first words of the documents, as often as it takes, and a short system turn."""
+    """`count` chats of about 20 tokens: the first words of the documents, as often as it takes, and a short system turn."""
     whole = read_corpus(options.data).documents
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
         for n in range(count):
             document = whole[n % len(whole)]
-            turns = [("system", "Answer."), ("user", first_words(document.prompt, 5)),
-                     ("assistant", first_words(document.response, 4))]  # fmt: skip
+            turns = [("system", "Answer."), ("user", first_words(document.prompt, 4)),
+                     ("assistant", first_words(document.response, 2))]  # fmt: skip
             chat = [{"role": role, "content": content} for role, content in turns]
             file.write(json.dumps({"id": str(n), "messages": chat}) + "\n")
     return folder / "documents.jsonl"
@@ -361,7 +362,7 @@ def run_apart(arguments: Sequence[str]) -> tuple[str, float, float]:
     peak = 0
     while child.poll() is None:
         peak = max(peak, anonymous_kib(child.pid))
-        time.sleep(0.005)
+        time.sleep(0.01)
     assert child.stdout is not None
     if child.returncode:
         sys.exit(f"the process {' '.join(arguments)} failed with status {child.returncode}")

@@ -163,8 +163,9 @@ def _accumulate(
     for numbers, rows in store.blocks(documents, ranks):
         coding = coder.coding(rows, config.alpha, nonnegative=config.nonnegative)
         losses = coding.objective.double()
-        total.gram += coding.codes.T @ coding.codes
-        total.cross += torch.sparse.mm(coding.codes.T.to_sparse(), rows)  # a row uses a few atoms only
+        transposed = coding.codes.T.to_sparse()  # a row uses a few atoms only
+        total.gram += torch.sparse.mm(transposed, coding.codes)
+        total.cross += torch.sparse.mm(transposed, rows)
         total.sums += torch.stack([losses.sum(), coding.gap.double().sum(), losses.new_tensor(len(rows))])
         total.worst = _largest(torch.cat([total.worst, torch.stack([losses, numbers.double()], 1)]), count)
     ranks.add(total.gram, total.cross, total.sums)

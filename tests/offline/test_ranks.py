@@ -130,6 +130,20 @@ def test_ranks_that_are_told_different_things_are_refused(
     assert "of 2 failed with status 2 (see above); all were ended" in result.stderr
 
 
+def test_the_command_starts_ranks_and_names_the_one_that_failed(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig]
+) -> None:
+    config = tiny_config(tiny_package.path)  # which exists
+    command = [sys.executable, "-m", "clients.cli", "discover", "--model", config.model, "--data", str(config.data),
+               "--out", str(config.out), "--ranks", "2"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert "error: " in result.stderr and "exists already" in result.stderr
+    assert "of 2 failed with status 2 (see above); all were ended" in result.stderr
+    refused = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2 and "leave --ranks out" in refused.stderr
+
+
 def test_shares_are_a_partition_and_one_rank_sends_nothing() -> None:
     items = list(range(11))
     parts = [list(Ranks(rank, 3).share(items)) for rank in range(3)]
