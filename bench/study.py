@@ -1,7 +1,7 @@
 """What makes atoms good: one change at a time, on the same gradients, judged by the same scorer.
 
     python -m bench.study_gradients --model DIR --adapter DIR --data FILE.jsonl --work DIR [--limit N]   # once: the gradients
-    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--only NAME,…] [--seeds 2] [--json FILE]
+    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--atoms K] [--only NAME,…] [--seeds 2] [--json FILE]
 
 Scorer, for every setting and every other way of grouping documents: the top 20 documents of an atom (at least 8), raw
 coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed. Shown are the distinct atoms of raw coherence
@@ -57,9 +57,8 @@ class Setting:
     empirical: bool = False
 
 
-def settings(documents: int) -> dict[str, Setting]:
-    """The default, the published recipe, and one change at a time."""
-    atoms = default_atoms(documents)
+def settings(atoms: int) -> dict[str, Setting]:
+    """The default at a dictionary of `atoms` atoms, the published recipe, and one change at a time."""
     paper = RECIPES["paper"]
     return {
         "default": Setting(),
@@ -117,6 +116,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--atoms", type=int, help="size of the dictionary; default: the discovery's")
     parser.add_argument("--only", help="names of settings, comma separated")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -125,12 +125,9 @@ def main() -> None:
     documents = read_corpus(options.data, limit=gradients.count).documents
     lines = options.data.read_text(encoding="utf-8").splitlines()[: gradients.count]
     tasks = [json.loads(line)["task"] for line in lines]
-    chosen = {
-        name: s for name, s in settings(gradients.count).items() if not options.only or name in options.only.split(",")
-    }
-    print(
-        f"{gradients.count} documents, {len(set(tasks))} task types, {default_atoms(gradients.count)} atoms by default"
-    )
+    atoms = options.atoms or default_atoms(gradients.count)
+    chosen = {name: s for name, s in settings(atoms).items() if not options.only or name in options.only.split(",")}
+    print(f"{gradients.count} documents, {len(set(tasks))} task types")
     print(
         f"{'':<30}{'K':>5}{'coherent':>9}{'kept':>6}{'≥ 80%':>7}{'≥ 60%':>7}{'chosen on':>11}{'halves':>8}{'codes':>7}"
     )
@@ -138,10 +135,10 @@ def main() -> None:
     for name, setting in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             rows = projected(gradients, setting, Path(folder))
-            results.append(show(name, average([judge(rows, setting, tasks, s) for s in range(options.seeds)])))
+            results.append(show(name, average([judge(rows, setting, atoms, tasks, s) for s in range(options.seeds)])))
             if name == "default" and not options.only:
                 texts = [f"{d.prompt}\n{d.response}" for d in documents]
-                for other, group in others(rows, texts).items():
+                for other, group in others(rows, texts, atoms).items():
                     judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
                     results.append(show(other, average(judged)))
     if options.json:
@@ -194,10 +191,9 @@ def empirical_eigenvalues(gradients: Gradients, keys: Sequence[str]) -> dict[str
     return found
 
 
-def judge(store: RowStore, setting: Setting, tasks: Sequence[str], seed: int) -> dict[str, float]:
+def judge(store: RowStore, setting: Setting, atoms: int, tasks: Sequence[str], seed: int) -> dict[str, float]:
     """Learns a dictionary with `seed`, and two of the halves, and rates it."""
-    config = DictionaryConfig(**setting.dictionary)
-    config = dataclasses.replace(config, atoms=config.atoms or default_atoms(len(store)))
+    config = DictionaryConfig(**{"atoms": atoms, **setting.dictionary})
     everyone = list(range(len(store)))
     learned = learn_dictionary(store, everyone, config, seed, QUIET)
     _, codes = encode(store, everyone, learned.atoms, config)
@@ -245,15 +241,14 @@ def rate(
 Grouping = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def others(store: RowStore, texts: Sequence[str]) -> dict[str, Grouping]:
-    """Other ways to group the same documents: (directions (K, D), weights (N, K)) for a seed."""
+def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Grouping]:
+    """Other ways to make `count` groups of the same documents: (directions (K, D), weights (N, K)) for a seed."""
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     rows = store.rows(range(len(store)))
     plain = torch.nn.functional.normalize(store.uncentred(range(len(store))) - store.whitening.mean, dim=1)
-    count = default_atoms(len(store))
 
     def k_means(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Spherical in effect: the points have unit length. A document belongs to its cluster by its cosine to the centroid."""
