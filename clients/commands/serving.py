@@ -97,7 +97,9 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="One line a request, without the prompt.")
     ] = True,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="The prompt too in the line of a request.")] = False,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="The prompt too in the line of a request.")
+    ] = False,
     log_format: Annotated[str, typer.Option(help="text, or json for one JSON object a line.")] = "text",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
