@@ -60,7 +60,7 @@ def test_every_call_is_steered_and_echoed(server, client: Client, mix, expected)
     assert answered.output_text == text
     # OpenAI's helper wants an answer that ends by itself.
     with client.chat.completions.stream(
-        **chat | {"max_tokens": 64, "stop": ["a", "e", "i", "o", "u"]}, steering=mix
+        **chat | {"max_tokens": 64, "stop": ["a", "e", "i", "o"]}, steering=mix
     ) as stream:
         assert applied(echo_of(stream.get_final_completion())) == expected
 
