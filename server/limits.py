@@ -56,7 +56,9 @@ class DriftBudget:
             raise ConfigError(f"the share of responses whose KL is measured is {share!r}; it must be 0, or a number from "
                               "1e-6 to 1")  # fmt: skip
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            raise ConfigError(f"tokens_per_minute of measured KL is {tokens!r}; it must be a whole number of at least 1")
+            raise ConfigError(
+                f"tokens_per_minute of measured KL is {tokens!r}; it must be a whole number of at least 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
