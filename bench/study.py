@@ -220,7 +220,10 @@ def rate(
             groups.append((coherence(store.sketches(top.tolist()), sign), atom, top.tolist()))
     kept: list[tuple[float, int, list[int]]] = []
     for group in sorted(groups, reverse=True):
-        if not kept or float((atoms[[k[1] for k in kept]] @ atoms[group[1]]).abs().max()) <= DUPLICATE:
+        cosines = atoms[[k[1] for k in kept]] @ atoms[group[1]]
+        if (
+            not kept or float((cosines if signs is None else cosines.abs()).max()) <= DUPLICATE
+        ):  # without signs −d is another group
             kept.append(group)
     best: dict[str, float] = {}
     for _, _, members in kept:
