@@ -30,10 +30,9 @@ from torch import Tensor
 from atoms.projection import MatrixBasis
 from atoms.space import natural_key
 from atoms.storage import write_tensors
-from bench.study_gradients import read_factors
 from offline.config import RECIPES, CurvatureConfig, DictionaryConfig, WhiteningConfig
 from offline.corpus import read_corpus
-from offline.curvature import kronecker_eigenvalues
+from offline.curvature import factors_from_tensors, kronecker_eigenvalues
 from offline.dictionary import default_atoms, encode, learn_dictionary
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
@@ -97,7 +96,7 @@ class Gradients:
         shapes = {key.removesuffix(".q_out"): (n[0], stored[key.removesuffix("q_out") + "q_in"][0])
                   for key, n in stored.items() if key.endswith(".q_out")}  # fmt: skip
         self.keys, self.shapes = sorted(shapes, key=natural_key), shapes
-        self.factors = read_factors(work / "factors.safetensors", self.keys)
+        self.factors = factors_from_tensors(load_file(work / "factors.safetensors"), self.keys)
         self.fisher = load_file(work / "eigenvalues.safetensors")
 
     def parts(self, path: Path) -> Iterator[tuple[str, Tensor]]:

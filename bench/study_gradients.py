@@ -10,7 +10,6 @@ the Fisher in them. Discovery itself never keeps whole gradients (offline/rows.p
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from atoms.model import load_model
 from atoms.space import LoRASpace
 from atoms.storage import write_tensors
 from offline.corpus import collate, encode_corpus, plan_batches, read_corpus, sample_documents
-from offline.curvature import Eigenfactors, fit_eigenvalues, fit_factors
+from offline.curvature import factors_from_tensors, factors_to_tensors, fit_eigenvalues, fit_factors
 from offline.gradients import gradient_hooks, label_logits, mean_losses
 from offline.models import frozen_lora
 from offline.progress import Progress
@@ -62,16 +61,11 @@ def keep_curvature(model, space: LoRASpace, documents, options: argparse.Namespa
     if not file.exists():
         sample = sample_documents(documents, options.factor_documents, seed)
         fitted = fit_factors(model, space, sample, tokens, seed, progress)
-        write_tensors(file, {f"{key}.{name}": v for key, f in fitted.items() for name, v in f._asdict().items()})
-    factors = read_factors(file, [t.key for t in space.tensors])
+        write_tensors(file, factors_to_tensors(fitted))
+    factors = factors_from_tensors(load_file(file), [t.key for t in space.tensors])
     sample = sample_documents(documents, options.eigenvalue_documents, SEED + 2)
     fisher = fit_eigenvalues(model, space, factors, sample, tokens, seed, progress)
     write_tensors(options.work / "eigenvalues.safetensors", {key: value.float() for key, value in fisher.items()})
-
-
-def read_factors(file: Path, keys: Sequence[str]) -> dict[str, Eigenfactors]:
-    stored = load_file(file)
-    return {key: Eigenfactors(*(stored[f"{key}.{name}"] for name in Eigenfactors._fields)) for key in keys}
 
 
 def keep_gradients(model, space: LoRASpace, documents, options: argparse.Namespace, progress: Progress) -> None:

@@ -11,7 +11,7 @@ token count. Labels of a document depend on the seed and its row alone, so both 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,6 +59,16 @@ def fit_factors(
         in_values, q_in = _eigh(sink.inp.pop(tensor.key) / sink.tokens)
         factors[tensor.key] = Eigenfactors(q_out, q_in, out_values, in_values)
     return factors
+
+
+def factors_to_tensors(factors: Mapping[str, Eigenfactors]) -> dict[str, Tensor]:
+    """For safetensors; `factors_from_tensors` reads it back."""
+    return {f"{key}.{name}": value for key, f in factors.items() for name, value in f._asdict().items()}
+
+
+def factors_from_tensors(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Eigenfactors]:
+    """Raises KeyError if `tensors` lacks one of the matrices `keys`."""
+    return {key: Eigenfactors(*(tensors[f"{key}.{name}"] for name in Eigenfactors._fields)) for key in keys}
 
 
 def kronecker_eigenvalues(factors: Mapping[str, Eigenfactors]) -> dict[str, Tensor]:

@@ -43,7 +43,14 @@ from offline.calibrate import (
 )
 from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
-from offline.curvature import Eigenfactors, fit_eigenvalues, fit_factors, fit_projection, kronecker_eigenvalues
+from offline.curvature import (
+    factors_from_tensors,
+    factors_to_tensors,
+    fit_eigenvalues,
+    fit_factors,
+    fit_projection,
+    kronecker_eigenvalues,
+)
 from offline.dictionary import Dictionary, encode, learn_dictionary
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
@@ -156,15 +163,9 @@ class Run:
             model, label_seed, limit = self._peft(adapter), config.seed + 1, config.batch_tokens
             if self._missing(factors_file):
                 factors = fit_factors(model, space, with_factors, limit, label_seed, self.progress, self.ranks)
-                self._write(
-                    factors_file, {f"{k}.{name}": v for k, f in factors.items() for name, v in f._asdict().items()}
-                )
+                self._write(factors_file, factors_to_tensors(factors))
                 del factors
-            stored = load_file(factors_file)
-            factors = {
-                t.key: Eigenfactors(*(stored[f"{t.key}.{name}"] for name in Eigenfactors._fields))
-                for t in space.tensors
-            }
+            factors = factors_from_tensors(load_file(factors_file), [tensor.key for tensor in space.tensors])
             if config.curvature.eigenvalues == "kronecker":
                 eigenvalues = kronecker_eigenvalues(factors)
             else:

@@ -65,10 +65,8 @@ def candidates(
         if support < config.min_documents:
             continue
         top = torch.argsort(weights, descending=True, stable=True)[: min(config.top_documents, support)]
-        members, signs = (
-            documents[top].tolist(),
-            codes[top, atom].sign() if config.sign_aligned else torch.ones(len(top)),
-        )
+        members = documents[top].tolist()
+        signs = codes[top, atom].sign() if config.sign_aligned else torch.ones(len(top))
         raw, raw_z, raw_null = _coherence_z(store.sketches, members, signs, null)
         whitened, whitened_z, _ = _coherence_z(store.rows, members, signs, null)
         measured = Coherence(raw=raw, raw_z=raw_z, whitened=whitened, whitened_z=whitened_z, raw_null=raw_null)
