@@ -21,10 +21,10 @@ from torch import Tensor
 
 from atoms.adapter import Composition
 from atoms.mix import Mix
-from atoms.model import choose_device, choose_dtype, load_model, merge_adapter
+from atoms.model import choose_device, load_model, merge_adapter
 from atoms.package import Package
 from atoms.steered import SteeredModel
-from offline.calibrate import DriftMeter, continuations, make_batches
+from offline.calibrate import MEASURED_IN, DriftMeter, continuations, make_batches
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.progress import Progress
 
@@ -79,7 +79,7 @@ def measure(package: Package, options: argparse.Namespace, progress: Progress) -
 def load_merged(package: Package) -> tuple:
     """The base model with θ0 merged, and its tokenizer."""
     device = choose_device()
-    model, tokenizer = load_model(package.manifest.base_model.id, choose_dtype(device), device)
+    model, tokenizer = load_model(package.manifest.base_model.id, MEASURED_IN, device)
     merge_adapter(model, package.base_adapter)
     return model, tokenizer
 

@@ -42,8 +42,11 @@ _MAX_SCALE_STEPS = 5
 _CROSS_MATRIX = 6.0
 """KL over its block-diagonal estimate, which leaves the terms between matrices out: 4-18 on SmolLM2-135M, median 6.
 Only the first guess depends on it; the scale is set by what is then measured."""
-_STEP, _COARSE_STEP = 0.25, 0.5
-"""h of the central difference in fp32, and in half precision, whose rounding would drown a shorter step."""
+MEASURED_IN = torch.float32
+"""dtype of the model that KL, M and orientation are measured on, whatever the gradients were computed in. In bfloat16
+rounding alone moves the logits by as much as a small mix does (docs/discovery.md, "Precision")."""
+_STEP = 0.25
+"""h of the central difference."""
 _DELTA_LOGITS_BYTES = 512 * 2**20
 
 
@@ -88,12 +91,11 @@ class DriftMeter:
 
     def _chunk_gram(self, batch: Batch, directions: Sequence[Direction]) -> Tensor:
         p = self._log_probs(batch, None).exp()  # (n, V)
-        step = _STEP if self.steered.model.dtype == torch.float32 else _COARSE_STEP
         changes = []
         for direction in directions:
-            plus = self._log_probs(batch, self.delta(direction, step))
-            minus = self._log_probs(batch, self.delta(direction, -step))
-            change = (plus - minus) / (2 * step)  # equals δz up to a constant a token, which the covariance removes
+            plus = self._log_probs(batch, self.delta(direction, _STEP))
+            minus = self._log_probs(batch, self.delta(direction, -_STEP))
+            change = (plus - minus) / (2 * _STEP)  # equals δz up to a constant a token, which the covariance removes
             change -= (p * change).sum(1, keepdim=True)
             changes.append((change * p.sqrt()).flatten())
         stacked = torch.stack(changes)  # (J, n·V)

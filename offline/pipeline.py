@@ -33,6 +33,7 @@ from atoms.steered import SteeredModel
 from atoms.storage import new_directory, read_json, write_json, write_tensors
 from offline.build import DiscoveredAtom, Discovery, package_contents
 from offline.calibrate import (
+    MEASURED_IN,
     DriftMeter,
     calibrate_atom,
     continuations,
@@ -113,8 +114,11 @@ class Run:
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        self.progress.say(f"loading {self.config.model} ({self.dtype}, {self.device})".replace("torch.", ""))
-        return load_model(self.config.model, self.dtype, self.device, self.config.revision)
+        return self._load(self.dtype)
+
+    def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        self.progress.say(f"loading {self.config.model} ({dtype}, {self.device})".replace("torch.", ""))
+        return load_model(self.config.model, dtype, self.device, self.config.revision)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -239,8 +243,9 @@ class Run:
         """Scales each atom to 0.05 nats at ±1, checks its orientation on held-out documents, and measures M."""
         config = self.config
         folder = self.workspace.open(
-            "calibration", **dataclasses.asdict(config.calibrate), select=dataclasses.asdict(config.select)
-        )
+            "calibration", **dataclasses.asdict(config.calibrate), select=dataclasses.asdict(config.select),
+            dtype=str(MEASURED_IN),
+        )  # fmt: skip
         if not (folder / "drift.safetensors").exists():
             meter = self.meter(adapter, folder)
             self._calibrate_pending(meter, folder, projection, store, dictionaries[0].atoms, selection.chosen)
@@ -329,13 +334,15 @@ class Run:
         return self._peft_model
 
     def _merged(self, adapter: Adapter) -> PreTrainedModel:
-        """The model with θ0 merged into its weights, PEFT taken off. The last stage to use the model needs it."""
-        model = self.model
+        """The model in float32 with θ0 merged into its weights, PEFT taken off. The last stage to use the model needs it."""
         if hasattr(self, "_peft_model"):
             self._peft_model.unload()
             del self._peft_model
-        merge_adapter(model, adapter)
-        return model
+        if self.dtype != MEASURED_IN:
+            del self._loaded  # before the next is loaded: one model in memory at a time
+            self._loaded = self._load(MEASURED_IN)
+        merge_adapter(self.model, adapter)
+        return self.model
 
     def meter(self, adapter: Adapter, folder: Path) -> DriftMeter:
         """What drift is measured with: the merged model and its own continuations, kept in `folder`."""

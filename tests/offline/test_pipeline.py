@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from atoms.errors import AtomsteerError
+from atoms.mix import Mix
+from atoms.model import merge_adapter
 from atoms.package import Package
+from atoms.steered import SteeredModel
+from atoms.storage import read_json
 from offline import rows
+from offline.calibrate import DriftMeter, make_batches
 from offline.config import DiscoverConfig
+from offline.corpus import EncodedDocument
 from offline.pipeline import discover
 from offline.progress import Progress
 
@@ -137,6 +146,32 @@ def test_a_given_adapter_is_the_start(
 ) -> None:
     package = discover(tiny_config(tmp_path / "package", adapter=tiny_package.path / "base"), QUIET)
     assert package.manifest.adapter_hash == tiny_package.manifest.adapter_hash
+
+
+def test_drift_is_measured_in_float32_whatever_the_gradients_are_in(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "package", dtype="bfloat16", adapter=tiny_package.path / "base")
+    package = discover(config, QUIET)
+    full, half = (drift_of(package, config, tiny_model.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    error, rounding = ((other - package.drift).norm() / full.norm() for other in (full, half))
+    assert rounding > 0.01, (
+        "bfloat16 rounding does not show on this model: the test would pass whatever M is measured in"
+    )
+    assert error < 1e-4, f"M of a bfloat16 discovery is {error:.1%} from M measured in float32"
+
+
+def drift_of(package: Package, config: DiscoverConfig, model: PreTrainedModel) -> Tensor:
+    """M of the package's atoms on a copy of `model`, on the continuations that the discovery kept."""
+    model = copy.deepcopy(model)
+    merge_adapter(model, package.base_adapter)
+    pairs = read_json(config.work_dir / "calibration" / "continuations.json")
+    documents = [EncodedDocument(row, tuple(prompt), tuple(answer)) for row, (prompt, answer) in enumerate(pairs)]
+    batches = make_batches(documents, config.batch_tokens, model.device)
+    meter = DriftMeter(SteeredModel(model, package.base_adapter.space, 1), package.base_adapter, "linear", batches)
+    directions = [package.bank.direction(Mix.of({atom: 1.0})) for atom in package.bank.ids]
+    with QUIET.task("drift matrix", len(documents), "prompts") as bar:
+        return meter.drift_matrix(directions, bar)
 
 
 def test_no_documents_keeps_training_text_out(
