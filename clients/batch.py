@@ -13,7 +13,6 @@ import asyncio
 import json
 import sys
 import time
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,32 +20,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atoms.errors import AtomsteerError, ConfigError, DataError
-from clients.batch_lines import BatchLine, Defaults, read_lines
+from clients.batch_lines import Defaults, read_lines
+from clients.batch_requests import Asker, generated_tokens
 from clients.batch_results import CustomIds, Results, open_results, read_answered
 from clients.connection import Connection, check_source, connect
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
     from rich.progress import Progress
 
     from server.embedded.load import EngineOptions
 
-MIX_HEADER = "x-atomsteer-mix"
-_FATAL = (401, 403)
-"""Statuses that every further line would get too."""
 _MOST_MIXES, _LONGEST_MIX = 10_000, 4096
 """What a scan counts one by one: so many different steerings, each of at most so many characters."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """`input` and `out` are files, `settings` what all lines of `out` share. `concurrency` requests run at once."""
+    """`input` and `out` are files, `settings` what all lines of `out` share. `concurrency` requests run at once, each for
+    `timeout` seconds at most."""
 
     input: Path
     out: Path
     defaults: Defaults
     concurrency: int
     max_retries: int = 10
+    timeout: float | None = None
     retry_failed: bool = False
     quiet: bool = False
 
@@ -80,10 +78,6 @@ class Outcome:
     seconds: float = 0.0
 
 
-class BatchStoppedError(AtomsteerError):
-    """Something that would fail every further line; what is done is kept."""
-
-
 def run_batch(
     config: BatchConfig, *, package: Path | None, server: str | None, key: str | None, options: EngineOptions | None
 ) -> Outcome:
@@ -114,12 +108,19 @@ def scan_input(config: BatchConfig, ids: CustomIds) -> Scan:
         scan.answered += ids.is_answered(line.custom_id)
         scan.invalid += line.error is not None
         if line.error is None:
-            mix = json.dumps({"model": line.body.get("model"), "steering": line.body.get("steering")}, sort_keys=True)
+            mix = json.dumps(_steered_by(line.body), sort_keys=True)
             if mix in scan.mixes or (len(scan.mixes) < _MOST_MIXES and len(mix) <= _LONGEST_MIX):
                 scan.mixes[mix] += 1
             else:
                 scan.other_mixes += 1
     return scan
+
+
+def _steered_by(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that decide a request's mix; an experiment asks for whom it is."""
+    steering = body.get("steering")
+    by_unit = isinstance(steering, Mapping) and steering.get("experiment") is not None
+    return {name: body.get(name) for name in ("model", "steering", *(("user", "metadata") if by_unit else ()))}
 
 
 def scan_for_dry_run(config: BatchConfig) -> Scan:
@@ -140,9 +141,9 @@ async def answer_all(config: BatchConfig, results: Results, scan: Scan, connecti
     with _progress(config.quiet) as bar:
         task = bar.add_task("batch", total=scan.lines, completed=scan.answered, rate=0.0, failed=0)
 
-        async def work(client: AsyncOpenAI) -> None:
+        async def work(asker: Asker) -> None:
             for line in left:  # all workers share one iterator: whoever is free takes the next line
-                result = await answer(client, line, connection.model)
+                result = await asker.result(line)
                 results.write(result)
                 outcome.done += 1
                 outcome.failed += result["error"] is not None
@@ -151,12 +152,13 @@ async def answer_all(config: BatchConfig, results: Results, scan: Scan, connecti
                 bar.update(task, advance=1, failed=outcome.failed, rate=outcome.tokens / max(outcome.seconds, 1e-9))
 
         async with AsyncOpenAI(
-            base_url=connection.url, api_key=connection.key, max_retries=config.max_retries
+            base_url=connection.url, api_key=connection.key, max_retries=0, timeout=config.timeout
         ) as client:
+            asker = Asker(client, connection.model, config.max_retries)
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(config.concurrency):
-                        group.create_task(work(client))
+                        group.create_task(work(asker))
             except ExceptionGroup as group_error:
                 known = group_error.subgroup(AtomsteerError)
                 if known is None:
@@ -168,62 +170,6 @@ async def answer_all(config: BatchConfig, results: Results, scan: Scan, connecti
 def _first(group: ExceptionGroup[AtomsteerError]) -> AtomsteerError:
     first = group.exceptions[0]
     return _first(first) if isinstance(first, ExceptionGroup) else first
-
-
-async def answer(client: AsyncOpenAI, line: BatchLine, model: str) -> dict[str, Any]:
-    """The line to write: OpenAI's batch output. The SDK retries 408, 409, 429 and 5xx, and waits as the server says.
-
-    Raises BatchStoppedError for what would befall every further line.
-    """
-    import httpx2 as httpx
-    from openai import APIConnectionError, APIStatusError, APITimeoutError
-
-    if line.error is not None:
-        return _result(line, None, "invalid_line", line.error)
-    body = {"model": model, **line.body}
-    try:
-        response: httpx.Response = await client.post(line.url.removeprefix("/v1"), body=body, cast_to=httpx.Response)
-    except APITimeoutError as error:
-        return _result(line, None, "timeout", f"no answer in time: {error}")
-    except APIConnectionError as error:
-        raise BatchStoppedError(f"{client.base_url} cannot be reached ({error.__cause__ or error}); what is answered is "
-                                "kept: run the command again once the server is back") from error  # fmt: skip
-    except APIStatusError as error:
-        if error.status_code in _FATAL:
-            raise BatchStoppedError(
-                f"the server refuses the key with status {error.status_code}: {error.message}"
-            ) from error
-        return _result(line, error.response, _code(error), error.message)
-    if line.body.get("steering") is not None and MIX_HEADER not in response.headers:
-        raise BatchStoppedError(f"{client.base_url} ignores steering: its answers have no {MIX_HEADER}; is it an atomsteer "
-                                "server?")  # fmt: skip
-    return _result(line, response)
-
-
-def generated_tokens(result: Mapping[str, Any]) -> int:
-    body = (result["response"] or {}).get("body")
-    usage = body.get("usage") if isinstance(body, Mapping) else None
-    return (usage or {}).get("completion_tokens") or (usage or {}).get("output_tokens") or 0
-
-
-def _result(line: BatchLine, response: Any, code: str | None = None, message: str = "") -> dict[str, Any]:
-    answered = None
-    if response is not None:
-        answered = {"status_code": response.status_code, "request_id": response.headers.get("x-request-id"),
-                    "body": _json(response)}  # fmt: skip
-    error = None if code is None else {"code": code, "message": message}
-    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line.custom_id, "response": answered, "error": error}
-
-
-def _json(response: Any) -> Any:
-    try:
-        return response.json()
-    except ValueError:
-        return response.text
-
-
-def _code(error: Any) -> str:
-    return error.code or f"status_{error.status_code}"
 
 
 def _identity(package: Path) -> str:
@@ -266,11 +212,13 @@ def preview_mixes(
                 request = json.loads(asked)
                 try:
                     echo = api.call("POST", "steering/preview", {k: v for k, v in request.items() if v is not None})
-                    yield count, asked_text(request), echo["steering"]["predicted_kl"]
+                    yield count, asked_text(request, echo["steering"].get("arm")), echo["steering"]["predicted_kl"]
                 except ServerAnswerError as error:
                     if error.status is None:
                         raise
                     yield count, asked_text(request), str(error)
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise ConfigError(f"{server} previews no steering; is it an atomsteer server?") from error
         return
     from atoms.package import Package
     from server.config import ServeConfig
@@ -288,15 +236,20 @@ def preview_mixes(
             yield count, asked_text(request), str(error)
 
 
-def asked_text(request: Mapping[str, Any]) -> str:
-    steering = request["steering"]
-    return "unsteered" if not steering else json.dumps(steering, ensure_ascii=False)
+def asked_text(request: Mapping[str, Any], arm: str | None = None) -> str:
+    """A request's steering for people; of an experiment, with the arm that its unit has."""
+    steering, model = request["steering"], request["model"]
+    if not steering:
+        return "unsteered" if not model or ":" not in model else f"model {model}"
+    text = json.dumps(steering, ensure_ascii=False)
+    return text if "user" not in request else f"{text}: {f'arm {arm}' if arm else 'no arm'}"
 
 
 def print_dry_run(config: BatchConfig, *, package: Path | None, server: str | None, key: str | None) -> None:
     """Prints what a run would do: lines, what is done, and the predicted KL of each mix."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     check_source(package, server)
     scan = scan_for_dry_run(config)
@@ -304,8 +257,11 @@ def print_dry_run(config: BatchConfig, *, package: Path | None, server: str | No
                   "that hold no request", title_justify="left")  # fmt: skip
     for heading in ("lines", "steering", "predicted KL, nats a token"):
         table.add_column(heading, overflow="fold")
+    rows: Counter[tuple[str, float | str]] = Counter()
     for count, asked, kl in preview_mixes(scan, package=package, server=server, key=key):
-        table.add_row(str(count), asked, f"{kl:.4f}" if isinstance(kl, float | int) else f"refused: {kl}")
+        rows[asked, kl] += count  # units of one arm are one row
+    for (asked, kl), count in rows.most_common():
+        table.add_row(str(count), Text(asked), Text(f"refused: {kl}" if isinstance(kl, str) else f"{kl:.4f}"))
     if scan.other_mixes:
         table.add_row(str(scan.other_mixes), f"beyond {_MOST_MIXES} different ones, or too long", "not looked up")
     Console(width=max(120, Console().width)).print(table)

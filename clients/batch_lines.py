@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,10 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
 def _raw_lines(path: Path) -> Iterator[bytes | None]:
     """The lines with their ends and without a byte order mark; None for one that is too long, which is never held whole."""
     with path.open("rb") as file:
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        start = file.read(len(BOM_UTF8))
+        if start.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise DataError(f"{path} is UTF-16; save it as UTF-8, or run: iconv -f UTF-16 -t UTF-8 {path.name}")
+        if start != BOM_UTF8:
             file.seek(0)
         while line := file.readline(LONGEST_LINE):
             if len(line) < LONGEST_LINE or line.endswith(b"\n"):

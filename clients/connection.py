@@ -56,8 +56,11 @@ def _running(server: str, key: str | None) -> Connection:
     from clients.server_api import ServerAPI
 
     with ServerAPI(server, key) as api:
-        models = api.call("GET", "models")["data"]
-    named = [model["id"] for model in models if model.get("parent") is None]
+        answer = api.call("GET", "models")
+    try:
+        named = [model["id"] for model in answer["data"] if model.get("parent") is None]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{server} lists no models at /v1/models; is it an OpenAI API?") from error
     if not named:
         raise ConfigError(f"{server} serves no model")
     return Connection(f"{server.rstrip('/').removesuffix('/v1')}/v1", key or "none", named[0])

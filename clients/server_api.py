@@ -39,14 +39,18 @@ class ServerAPI:
         self._client.close()
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, **query: Any) -> dict[str, Any]:
-        """The JSON answer of ``/v1/{path}``. Raises ServerAnswerError."""
+        """The JSON object that ``/v1/{path}`` answers with. Raises ServerAnswerError."""
         answer = self._request(method, path, body, query)
         try:
-            result: dict[str, Any] = answer.json()
+            result = answer.json()
         except ValueError:
             raise ServerAnswerError(
                 f"{self._url} answered something that is not JSON; is it an atomsteer server?"
             ) from None
+        if not isinstance(result, dict):
+            raise ServerAnswerError(
+                f"{self._url} answered with a JSON {type(result).__name__} and no object; is it an atomsteer server?"
+            )
         return result
 
     def download(self, path: str, out: Path, **query: Any) -> None:
@@ -62,6 +66,10 @@ class ServerAPI:
             raise ServerAnswerError(
                 f"{self._url} cannot be reached ({error}); start the server, or give another --server"
             ) from error
+        if answer.is_redirect:
+            raise ServerAnswerError(
+                f"{self._url} redirects to {answer.headers.get('location', '')[:200]}; give that address"
+            )
         if answer.is_error:
             raise ServerAnswerError(_message(answer), answer.status_code)
         return answer

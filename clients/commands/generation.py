@@ -85,6 +85,9 @@ def batch(
     max_retries: Annotated[
         int, typer.Option(min=0, help="Tries after the first one, on 429, 5xx and no connection.")
     ] = 10,
+    timeout: Annotated[
+        float | None, typer.Option(min=1, help="With --server: seconds to wait for an answer; default: 600.")
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Drop lines that failed from OUT first, and answer them again.")
     ] = False,
@@ -103,12 +106,14 @@ def batch(
 
     if server is not None and slots is not None:
         raise typer.BadParameter("--slots is for --package; the server has its own")
+    if server is None and timeout is not None:
+        raise typer.BadParameter("--timeout is for --server; the engine in this process is waited for")
     slots = slots or 16
     body = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
     config = BatchConfig(
         input=requests, out=out, defaults=Defaults(body, {"atoms": parse_mix(mix)} if mix else None, column, system),
         concurrency=concurrency or (32 if server else 2 * slots), max_retries=max_retries, retry_failed=retry_failed,
-        quiet=quiet,
+        timeout=(timeout or 600.0) if server else None, quiet=quiet,
     )  # fmt: skip
     if dry_run:
         return print_dry_run(config, package=package, server=server, key=key)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pytest
+from atomsteer_client import Client
 from pyarrow import parquet
 
 from atoms.errors import ConfigError, DataError
@@ -17,6 +20,7 @@ from atoms.package import Package
 from clients.batch_lines import Defaults, read_lines
 from clients.batch_results import CustomIds, open_results, read_answered
 
+ADMIN_KEY = "admin-key-of-the-tests"
 LINES = 210
 NO_DEFAULTS = Defaults({})
 
@@ -124,6 +128,31 @@ def test_a_dry_run_counts_predicts_and_writes_nothing(named_package: Package, tm
     kl = named_package.predicted_kl(named_package.mix({"one-word": 2.0}))
     assert process.returncode == 0 and "2 lines: 0 answered, 2 to do" in printed and f"{kl:.4f}" in printed, errors
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_a_dry_run_tells_the_arms_of_an_experiments_units(
+    named_package: Package, real_server: str, tmp_path: Path
+) -> None:
+    with Client(base_url=real_server, api_key=ADMIN_KEY) as client:
+        arms = [{"name": name, "atoms": {"numbered-list": value}} for name, value in (("weak", 1), ("strong", 2))]
+        client.experiments.create(name="dry", arms=arms)
+        client.experiments.start("dry")
+        body = {"messages": [], "steering": {"experiment": "dry"}}
+        lines = [{"custom_id": f"u{n}", "body": body | {"user": f"u{n}"}} for n in range(40)]
+        lines.append({"custom_id": "nobody", "body": body})
+        source = write(tmp_path / "in.jsonl", lines)
+        expected = Counter(
+            client.steering.preview({"experiment": "dry"}, user=line["custom_id"]).arm for line in lines[:40]
+        )
+        process = batch(source, "--out", tmp_path / "out.jsonl", "--server", real_server, "--dry-run")
+        printed, errors = process.communicate()
+        client.experiments.stop("dry", "seen")
+        client.experiments.delete("dry")
+    assert process.returncode == 0, errors
+    for arm, count in expected.items():
+        kl = named_package.predicted_kl(named_package.mix({"numbered-list": {"weak": 1.0, "strong": 2.0}[arm]}))
+        assert re.search(rf"{count} .*arm {arm} .*{kl:.4f}", printed), printed
+    assert re.search(r"1 .*no arm .*refused: .*user", printed), "the line without a unit would be refused"
 
 
 def test_prompts_are_read_from_every_format(tmp_path: Path) -> None:

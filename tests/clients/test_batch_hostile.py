@@ -15,18 +15,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from atoms.errors import ConfigError, DataError
-from clients import batch_lines
+from clients import batch_lines, batch_requests
 from clients.batch import BatchConfig, run_batch, scan_for_dry_run
 from clients.batch_lines import Defaults, read_lines
 
-Plan = Callable[[dict, int], tuple[int, dict[str, str]]]
+Plan = Callable[[dict, int], tuple]
+"""A request's body and how often it has come -> status, headers, and the bytes of the answer if they are not the usual."""
 
 
 class Scripted(BaseHTTPRequestHandler):
@@ -36,7 +40,7 @@ class Scripted(BaseHTTPRequestHandler):
     server: ScriptedServer
 
     def do_GET(self) -> None:
-        self._answer(200, {"data": [{"id": "m", "parent": None}]})
+        self._answer(*self.server.models)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -44,7 +48,7 @@ class Scripted(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append((time.monotonic(), prompt))
             tries = sum(prompt == other for _, other in self.server.asked)
-        status, headers = self.server.plan(body, tries)
+        status, headers, *raw = self.server.plan(body, tries)
         usage = {"completion_tokens": 1}
         answer = {
             "id": "x",
@@ -52,10 +56,10 @@ class Scripted(BaseHTTPRequestHandler):
             "usage": usage,
             "error": {"message": "scripted", "code": "busy"},
         }
-        self._answer(status, answer, {"X-Atomsteer-Mix": "d", **headers})
+        self._answer(status, raw[0] if raw else answer, {"X-Atomsteer-Mix": "d", **headers})
 
-    def _answer(self, status: int, body: dict, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
+    def _answer(self, status: int, body: dict | bytes, headers: dict[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",
@@ -78,6 +82,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Scripted)
         self.plan, self.lock = plan, threading.Lock()
         self.asked: list[tuple[float, str]] = []
+        self.models: tuple = (200, {"data": [{"id": "m", "parent": None}]})
 
     @property
     def url(self) -> str:
@@ -158,6 +163,79 @@ def test_a_line_that_stays_refused_is_an_error_and_can_be_tried_again(tmp_path: 
         again = run(source, server.url, retry_failed=True)
     assert (again.done, again.failed) == (1, 0)
     assert all(line["error"] is None for line in answered(source).values())
+
+
+def test_what_will_not_pass_is_not_asked_again(tmp_path: Path) -> None:
+    """A conflict is no bad moment: an experiment that is a draft, or a preset of another package, stays one."""
+    source = write_requests(tmp_path / "in.jsonl", 2)
+    for status in (400, 404, 409, 422, 501):
+        with scripted(lambda body, tries, status=status: (status, {"Retry-After": "30"})) as server:
+            assert run(source, server.url, out=tmp_path / f"{status}.jsonl").failed == 2
+            assert len(server.asked) == 2, status
+
+
+def test_the_wait_that_a_server_asks_for_is_kept() -> None:
+    def asked(value: str) -> float | None:
+        return batch_requests._asked_wait(SimpleNamespace(response=SimpleNamespace(headers={"retry-after": value})))
+
+    assert (asked("7"), asked("0.25"), asked("300"), asked("1e9")) == (7, 0.25, 300, batch_requests.LONGEST_WAIT)
+    assert asked(format_datetime(datetime.now(UTC) + timedelta(seconds=90))) == pytest.approx(90, abs=3)
+    for nothing in ("", "0", "-3", "nan", "soon", format_datetime(datetime.now(UTC) - timedelta(days=1))):
+        assert asked(nothing) is None, nothing
+
+
+def test_answers_that_are_none_are_errors(tmp_path: Path) -> None:
+    """Behind a login page or a broken proxy everything is a 200."""
+    page = b"<html>Please log in</html>"
+    answers = {
+        "p0": (200, {"Content-Type": "text/html"}, page),
+        "p1": (200, {}, b"[1]"),
+        "p2": (200, {}, b'{"error": {"message": "no"}}'),
+        "p3": (200, {}, b'{"choices": [{"logprob": NaN}]}'),
+        "p4": (200, {}, b'{"choices": [1e999]}'),
+        "p5": (200, {}, b"\xff\xfe\x00"),
+        "p6": (200, {}, b""),
+        "p7": (200, {}, b"[" * 100_000),
+        "p8": (200, {}, b'{"choices": [], "usage": {"completion_tokens": "7"}}'),
+        "p9": (200, {}, b'{"choices": [], "usage": [7]}'),
+        "p10": (302, {"Location": "/elsewhere"}, b""),
+        "p11": (500, {"Content-Type": "text/html"}, page),
+    }
+    source = write_requests(tmp_path / "in.jsonl", len(answers))
+    with scripted(lambda body, tries: answers[body["prompt"]]) as server:
+        outcome = run(source, server.url, max_retries=0)
+    found = answered(source)
+    assert (outcome.done, outcome.failed, outcome.tokens) == (12, 10, 0)
+    assert {name for name, line in found.items() if line["error"] is None} == {"r8", "r9"}
+    assert found["r0"]["error"]["code"] == "invalid_answer" and "log in" in found["r0"]["error"]["message"]
+    assert found["r11"]["response"]["status_code"] == 500
+    for line in source.with_name("out.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_servers_that_are_none_are_refused_before_any_line(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 1)
+    for models, words in (
+        ((200, b"<html>"), "not JSON"), ((200, b"[]"), "no object"), ((200, b'{"detail": 1}'), "lists no models"),
+        ((200, b'{"data": [7]}'), "lists no models"), ((302, b"", {"Location": "https://login.example/"}), "redirects to https"),
+        ((200, b'{"data": []}'), "serves no model"),
+    ):  # fmt: skip
+        with scripted(good) as server:
+            server.models = models
+            done = subprocess.run(command(source, server.url), capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (models, done.stderr)
+        assert not server.asked
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_any_line(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 1)
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "out.jsonl", Path("/proc/out.jsonl")):
+        with scripted(good) as server:
+            arguments = [str(out) if word.endswith("out.jsonl") else word for word in command(source, server.url)]
+            done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 2 and str(out) in done.stderr and "Traceback" not in done.stderr, (out, done.stderr)
+        assert not server.asked
 
 
 def test_a_server_that_dies_midway_stops_the_run_and_a_resumed_one_completes_it(tmp_path: Path) -> None:
@@ -255,6 +333,19 @@ def test_every_bad_line_is_answered_with_its_reason(tmp_path: Path, monkeypatch:
     assert (outcome.done, outcome.failed) == (len(lines), len(lines) - 2)
     assert {line.custom_id for line in read} == set(answered(source))
     assert {"bom-and-crlf", "no-newline-at-the-end", "line-2", "line-4", "line-9", "get"} < set(answered(source))
+
+
+def test_zero_bytes_and_other_encodings(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(
+        b'{"custom_id": "a\\u0000b", "prompt": "x"}\n{"custom_id": "a\\u0000c", "prompt": "y\\u0000"}\n\0\0\n'
+    )
+    scan = scan_for_dry_run(config(source))
+    assert (scan.lines, scan.invalid) == (3, 1), "ids that differ after a zero byte are two"
+    for encoding in ("utf-16", "utf-16-be"):
+        source.write_bytes("\ufeff".encode(encoding)[-2:] + "Name a fruit.\n".encode(encoding))
+        with pytest.raises(DataError, match="iconv -f UTF-16"):
+            scan_for_dry_run(config(source))
 
 
 def test_tables_with_bad_cells_cost_a_row_each(tmp_path: Path) -> None:
