@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atoms.adapter import read_adapter
-from atoms.model import load_model
+from atoms.model import choose_dtype, load_model
 from atoms.space import LoRASpace
 from atoms.storage import write_tensors
 from offline.corpus import collate, encode_corpus, plan_batches, read_corpus, sample_documents
@@ -43,9 +43,11 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--factor-documents", type=int, default=96)
     parser.add_argument("--eigenvalue-documents", type=int, default=192)
+    parser.add_argument("--dtype", default="auto", help="of the model; gradients are summed in float32")
     options = parser.parse_args()
     progress = Progress()
-    base, tokenizer = load_model(options.model, torch.float32, torch.device("cpu"), None)
+    device = torch.device("cpu")
+    base, tokenizer = load_model(options.model, choose_dtype(device, options.dtype), device, None)
     space = read_adapter(options.adapter).space
     documents = encode_corpus(read_corpus(options.data, limit=options.limit), tokenizer, options.max_length).documents
     model = frozen_lora(base, options.adapter, space)
