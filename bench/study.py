@@ -4,7 +4,8 @@
     python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--atoms K] [--only NAME,…] [--seeds 2] [--json FILE]
 
 Scorer, for every setting and every other way of grouping documents: the top 20 documents of an atom (at least 8), raw
-coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed. Shown are the distinct atoms of raw coherence
+coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed; directions are compared as the gradients that
+they stand for, with the whitening across matrices undone. Shown are the distinct atoms of raw coherence
 above 0.1; how many task types have an atom with at least 80% and 60% of one type among its top documents; the same for the
 half of the types on which settings may be chosen ("chosen on"); and the share of the kept atoms found again (|cos| > 0.8) in
 both of two random halves of the documents. Means over seeds. Task labels (`task` of each line) are read here only.
@@ -197,19 +198,24 @@ def judge(store: RowStore, setting: Setting, atoms: int, tasks: Sequence[str], s
     learned = learn_dictionary(store, everyone, config, seed, QUIET)
     _, codes = encode(store, everyone, learned.atoms, config)
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).tolist()
-    found_again = torch.ones(len(learned.atoms), dtype=torch.bool)
+    directions = as_gradients(store, learned.atoms)
+    found_again = torch.ones(len(directions), dtype=torch.bool)
     for half in (order[: len(order) // 2], order[len(order) // 2 :]):
-        found_again &= (
-            stability(learned.atoms, learn_dictionary(store, sorted(half), config, seed, QUIET).atoms) > MATCHED
-        )
-    return rate(learned.atoms, codes.abs(), store, tasks, codes.sign(), found_again)
+        other = learn_dictionary(store, sorted(half), config, seed, QUIET).atoms
+        found_again &= stability(directions, as_gradients(store, other)) > MATCHED
+    return rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
+
+
+def as_gradients(store: RowStore, atoms: Tensor) -> Tensor:
+    """Unit directions (K, D) with the rows' second whitening undone, as atoms are compared and packaged."""
+    return torch.nn.functional.normalize(store.whitening.undo(atoms, 0.5), dim=1)
 
 
 def rate(
-    atoms: Tensor, weights: Tensor, store: RowStore, tasks: Sequence[str], signs: Tensor | None = None,
+    directions: Tensor, weights: Tensor, store: RowStore, tasks: Sequence[str], signs: Tensor | None = None,
     found_again: Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """The scorer: atoms (K, D) or centroids, weights (N, K) ≥ 0 by which documents belong to them."""
+    """The scorer: unit directions (K, D) of atoms or groups, weights (N, K) ≥ 0 by which documents belong to them."""
     groups = []
     for atom in range(weights.shape[1]):
         size = int((weights[:, atom] > 0).sum())
@@ -219,7 +225,7 @@ def rate(
             groups.append((coherence(store.sketches(top.tolist()), sign), atom, top.tolist()))
     kept: list[tuple[float, int, list[int]]] = []
     for group in sorted(groups, reverse=True):
-        cosines = atoms[[k[1] for k in kept]] @ atoms[group[1]]
+        cosines = directions[[k[1] for k in kept]] @ directions[group[1]]
         if (
             not kept or float((cosines if signs is None else cosines.abs()).max()) <= DUPLICATE
         ):  # without signs −d is another group
@@ -233,7 +239,7 @@ def rate(
     matched = 0.0
     if found_again is not None and coherent:
         matched = float(found_again[[k[1] for k in coherent]].float().mean())
-    return {"K": len(atoms), "coherent": len(coherent), "kept": len(kept),
+    return {"K": len(directions), "coherent": len(coherent), "kept": len(kept),
             "types_80": sum(p >= 0.8 for p in best.values()), "types_60": sum(p >= 0.6 for p in best.values()),
             "chosen_80": sum(best.get(t, 0) >= 0.8 for t in chosen_on),
             "chosen_60": sum(best.get(t, 0) >= 0.6 for t in chosen_on),
@@ -266,15 +272,18 @@ def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Group
         far = torch.cat([scores.clamp_min(0), (-scores).clamp_min(0)], dim=1)
         return torch.cat([directions, -directions]), far
 
+    def undone(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return as_gradients(store, found[0]), found[1]
+
     def text(seed: int) -> tuple[Tensor, Tensor]:
         words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
         points = torch.from_numpy(TruncatedSVD(100, random_state=seed).fit_transform(words)).float()
         return k_means(torch.nn.functional.normalize(points, dim=1), seed)
 
     return {
-        "spherical k-means, our rows": lambda seed: k_means(rows, seed),
+        "spherical k-means, our rows": lambda seed: undone(k_means(rows, seed)),
         "spherical k-means, plain rows": lambda seed: k_means(plain, seed),
-        "principal components, our rows": lambda seed: components(rows, seed),
+        "principal components, our rows": lambda seed: undone(components(rows, seed)),
         "principal components, plain": lambda seed: components(plain, seed),
         "clusters of the text (LSA)": text,
     }
