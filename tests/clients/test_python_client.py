@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
+import pyarrow.parquet
 import pytest
-from atomsteer_client import AsyncClient, Client, Echo, SteeringIgnoredError, echo_of
+from atomsteer_client import AsyncClient, Client, Echo, SteeringIgnoredError, echo_of, resources
+from atomsteer_client.steering import wire_form
 
 from atoms.package import Package
 
@@ -57,6 +61,8 @@ def test_every_call_that_generates_takes_steering_and_gives_a_typed_echo(client:
     raw = client.chat.completions.with_raw_response.create(**ASK, steering=MIX)
     assert raw.headers["x-atomsteer-mix"] == expected.mix
     check(raw.parse().steering, expected)
+    with client.chat.completions.with_streaming_response.create(**ASK, steering=MIX) as streamed:
+        check(streamed.parse().steering, expected)
     with client.chat.completions.stream(**WHOLE, steering=MIX) as stream:
         check(echo_of(stream.get_final_completion()), expected)
     check(echo_of(client.chat.completions.parse(**WHOLE, steering=MIX)), expected)
@@ -154,6 +160,61 @@ def test_presets_and_experiments(client: Client) -> None:
     assert [experiment.name for experiment in client.experiments.list()] == ["lists"]
 
 
+async def test_an_experiment_asynchronously_from_draft_to_forgotten(real_server: str) -> None:
+    arms = [{"name": "weak", "atoms": {"numbered-list": 1}}, {"name": "strong", "atoms": {"numbered-list": 2}}]
+    async with AsyncClient(base_url=real_server, api_key=ADMIN_KEY, max_retries=0) as client:
+        routes = client.experiments
+        await routes.create(name="life", arms=arms)
+        draft = await routes.replace("life", arms=arms, unit="header:X-Person", metrics=[{"name": "liked"}])
+        assert (draft.status, draft.control, draft.started_at) == ("draft", "weak", None)
+        assert [arm.share for arm in draft.arms] == [0.5, 0.5]
+        assert "life" in [found.name for found in await routes.list("draft")]
+        assert (await routes.start("life")).status == "running"
+        assert "life" not in [found.name for found in await routes.list("draft")]
+        asked = {"steering": {"experiment": "life"}, "extra_headers": {"X-Person": "ann/1"}}
+        preview = await client.steering.preview(**asked)
+        answer = await client.chat.completions.create(**ASK, **asked)
+        assert answer.steering.arm == preview.arm is not None
+        assert (await routes.record("life", answer.id, "liked", 1)).stored == 1
+        assert (
+            await routes.record_many("life", [{"response_id": answer.id, "metric": "liked", "value": 0}])
+        ).stored == 1
+        assert (await routes.ramp("life", 0.5)).coverage == 0.5
+        report = await routes.report("life", looks=3)
+        assert (sum(report["units"].values()), len(report["looks"])) == (1, 3)
+        outcomes = pyarrow.parquet.read_table(io.BytesIO(await routes.export("life", "outcomes"))).to_pylist()
+        assert [(row["unit"], row["value"]) for row in outcomes if row["metric"] == "liked"] == [("ann/1", 0.0)]
+        assert await routes.forget("ann/1") >= 3
+        assert (await routes.stop("life")).stop_reason == "stopped by an operator"
+        preset = await routes.promote("life", "strong", "kept", description="better", if_version=0)
+        assert (preset.version, preset.description) == (1, "better")
+        with pytest.raises(openai.ConflictError):
+            await routes.promote("life", "weak", "kept", if_version=0)
+        assert [found.version for found in await client.presets.versions("kept")] == [1]
+        await client.presets.delete("kept")
+        await routes.delete("life")
+        with pytest.raises(openai.NotFoundError):
+            await routes.get("life")
+
+
+@pytest.mark.parametrize("name", ["Atoms", "SteeringRoutes", "Presets", "Experiments"])
+def test_both_clients_have_the_same_routes(name: str) -> None:
+    def routes(kind: type) -> dict[str, inspect.Signature]:
+        return {key: inspect.signature(value) for key, value in vars(kind).items() if key[0] != "_"}
+
+    assert routes(getattr(resources, name)) == routes(getattr(resources, f"Async{name}")) != {}
+
+
+def test_the_form_of_steering_is_told_from_a_mix() -> None:
+    assert wire_form({"numbered-list": 2}) == {"atoms": {"numbered-list": 2}}
+    assert wire_form({}) == {"atoms": {}}
+    for fields in ({"max_kl": 0.5}, {"preset": "brief"}, {"atoms": MIX, "max_kl": 0.5, "on_exceed": "scale"}):
+        assert wire_form(fields) == fields
+    for mixed in ({"numbered-list": 2, "max_kl": 0.5}, {"numbered-list": 2, "preset": "brief"}):
+        with pytest.raises(TypeError, match="numbered-list.*beside fields"):
+            wire_form(mixed)
+
+
 class _IgnorantServer(BaseHTTPRequestHandler):
     """Answers as OpenAI does, whatever `steering` says: vLLM without the plugin does the same."""
 
@@ -194,6 +255,11 @@ async def test_a_server_that_ignores_steering_is_an_error(ignorant_server: str, 
                 client.chat.completions.create(**ASK, **asked, stream=stream)
         with pytest.raises(SteeringIgnoredError):
             client.chat.completions.with_raw_response.create(**ASK, steering=MIX)
+        with (
+            pytest.raises(SteeringIgnoredError),
+            client.chat.completions.with_streaming_response.create(**ASK, steering=MIX),
+        ):
+            pass
         assert client.chat.completions.create(**ASK), "whoever asks for no steering may use any server"
     async with AsyncClient(base_url=ignorant_server) as other:
         with pytest.raises(SteeringIgnoredError):

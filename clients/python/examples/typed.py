@@ -6,6 +6,7 @@ An `ignore` that is not needed is an error there too, so the mistakes below are 
 from typing import assert_type
 
 from atomsteer_client import (
+    Arm,
     AsyncClient,
     Atom,
     Client,
@@ -70,6 +71,8 @@ def look_around(client: Client) -> None:
     assert_type(client.steering.preview(BUDGET), Echo)
     assert_type(client.presets.set("brief", MIX), Preset)
     assert_type(client.experiments.start("lists"), Experiment)
+    assert_type(client.experiments.get("lists").arms[0], Arm)
+    assert_type(client.experiments.export("lists", "outcomes"), bytes)
     assert_type(client.compare("Hi", [MIX, BUDGET])[0].steering, Echo)
 
 
@@ -78,4 +81,5 @@ def mistakes(client: Client) -> None:
     client.completions.create(model="demo", prompt="Hi", max_tokens="8")  # type: ignore[call-overload]
     client.steering.preview({"atoms": MIX, "on_exceed": "shrug"})  # type: ignore[dict-item]
     client.steering.preview(["numbered-list"])  # type: ignore[arg-type]
+    client.experiments.export("lists", "units")  # type: ignore[arg-type]
     client.atoms.get(3)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ READ FIRST: `client.py`. What a mix looks like, and the echo of what was applied
 
 from atomsteer_client.client import AsyncClient, Client
 from atomsteer_client.comparison import Compared
-from atomsteer_client.models import Atom, Experiment, Preset
+from atomsteer_client.models import Arm, Atom, Experiment, Preset
 from atomsteer_client.steering import (
     Echo,
     SteeredChatCompletion,
@@ -19,6 +19,7 @@ from atomsteer_client.steering import (
 )
 
 __all__ = [
+    "Arm",
     "AsyncClient",
     "Atom",
     "Client",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from openai import BaseModel
 
@@ -51,17 +51,42 @@ class PresetList(BaseModel):
     data: list[Preset]
 
 
-class Experiment(BaseModel):
-    """An experiment: what it was created with, and its state."""
+class Arm(BaseModel):
+    """One treatment of an experiment: its `share` of the units that take part, and the mix that it was frozen to.
+    `range` is the part of [0, 1) whose units it gets."""
 
     name: str
-    status: str
+    share: float
+    atoms: dict[str, float]
+    mix: str
+    predicted_kl: float
+    range: list[float]
+    preset: str | None = None
+    preset_version: int | None = None
+
+
+class Experiment(BaseModel):
+    """An experiment: what it was created with, and its state. Times are Unix seconds."""
+
+    name: str
+    status: Literal["draft", "running", "stopped"]
     coverage: float
-    arms: list[dict[str, Any]]
+    arms: list[Arm]
+    control: str
+    primary: str | None = None
+    package_version: str
+    created_at: float
+    started_at: float | None = None
+    stopped_at: float | None = None
+    stop_reason: str | None = None
 
 
 class ExperimentList(BaseModel):
     data: list[Experiment]
+
+
+class Forgotten(BaseModel):
+    rows: int
 
 
 class Stored(BaseModel):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
+from openai import HttpxBinaryResponseContent
+from openai._base_client import make_request_options
 from openai._resource import AsyncAPIResource, SyncAPIResource
 
 from atomsteer_client.models import (
@@ -13,6 +15,7 @@ from atomsteer_client.models import (
     AtomList,
     Experiment,
     ExperimentList,
+    Forgotten,
     Preset,
     PresetList,
     Preview,
@@ -22,6 +25,8 @@ from atomsteer_client.models import (
 from atomsteer_client.steering import Echo, SteeringLike, wire_form
 
 Answer = dict[str, Any]
+Status = Literal["draft", "running", "stopped"]
+Table = Literal["exposures", "responses", "outcomes"]
 
 
 class Atoms(SyncAPIResource):
@@ -51,15 +56,23 @@ class AsyncAtoms(AsyncAPIResource):
 
 
 class SteeringRoutes(SyncAPIResource):
-    def preview(self, steering: SteeringLike | None = None, **fields: Any) -> Echo:
+    def preview(
+        self, steering: SteeringLike | None = None, *, extra_headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> Echo:
         """What a request would be steered with; `fields` may be `model`, `user`, `metadata`. Nothing is generated."""
-        return self._post("/steering/preview", body=_preview(steering, fields), cast_to=Preview).steering
+        options = make_request_options(extra_headers=extra_headers)
+        body = _preview(steering, fields)
+        return self._post("/steering/preview", body=body, options=options, cast_to=Preview).steering
 
 
 class AsyncSteeringRoutes(AsyncAPIResource):
-    async def preview(self, steering: SteeringLike | None = None, **fields: Any) -> Echo:
+    async def preview(
+        self, steering: SteeringLike | None = None, *, extra_headers: Mapping[str, str] | None = None, **fields: Any
+    ) -> Echo:
         """What a request would be steered with; `fields` may be `model`, `user`, `metadata`. Nothing is generated."""
-        return (await self._post("/steering/preview", body=_preview(steering, fields), cast_to=Preview)).steering
+        options = make_request_options(extra_headers=extra_headers)
+        body = _preview(steering, fields)
+        return (await self._post("/steering/preview", body=body, options=options, cast_to=Preview)).steering
 
 
 class Presets(SyncAPIResource):
@@ -70,6 +83,10 @@ class Presets(SyncAPIResource):
 
     def get(self, name: str) -> Preset:
         return self._get(f"/presets/{_part(name)}", cast_to=Preset)
+
+    def versions(self, name: str) -> Sequence[Preset]:
+        """All versions that ever held, oldest first."""
+        return self._get(f"/presets/{_part(name)}/versions", cast_to=PresetList).data
 
     def set(
         self, name: str, atoms: Mapping[str, float], description: str = "", if_version: int | None = None
@@ -91,6 +108,10 @@ class AsyncPresets(AsyncAPIResource):
     async def get(self, name: str) -> Preset:
         return await self._get(f"/presets/{_part(name)}", cast_to=Preset)
 
+    async def versions(self, name: str) -> Sequence[Preset]:
+        """All versions that ever held, oldest first."""
+        return (await self._get(f"/presets/{_part(name)}/versions", cast_to=PresetList)).data
+
     async def set(
         self, name: str, atoms: Mapping[str, float], description: str = "", if_version: int | None = None
     ) -> Preset:
@@ -105,8 +126,10 @@ class AsyncPresets(AsyncAPIResource):
 class Experiments(SyncAPIResource):
     """All but `record` need an admin key."""
 
-    def list(self) -> list[Experiment]:
-        return self._get("/experiments", cast_to=ExperimentList).data
+    def list(self, status: Status | None = None) -> list[Experiment]:
+        """The experiments, newest first; with `status` those in that state."""
+        options = make_request_options(query={"status": status} if status else None)
+        return self._get("/experiments", options=options, cast_to=ExperimentList).data
 
     def get(self, name: str) -> Experiment:
         return self._get(_experiment(name), cast_to=Experiment)
@@ -115,6 +138,10 @@ class Experiments(SyncAPIResource):
         """Creates a draft; the fields of `spec` are those of ``POST /v1/experiments``: `name`, `arms`, …"""
         return self._post("/experiments", body=spec, cast_to=Experiment)
 
+    def replace(self, name: str, **spec: Any) -> Experiment:
+        """Gives a draft another spec."""
+        return self._put(_experiment(name), body={"name": name, **spec}, cast_to=Experiment)
+
     def start(self, name: str) -> Experiment:
         return self._post(_experiment(name, "start"), cast_to=Experiment)
 
@@ -122,15 +149,30 @@ class Experiments(SyncAPIResource):
         """Sets the share of units that take part."""
         return self._post(_experiment(name, "ramp"), body={"coverage": coverage}, cast_to=Experiment)
 
-    def stop(self, name: str, reason: str) -> Experiment:
+    def stop(self, name: str, reason: str = "stopped by an operator") -> Experiment:
         return self._post(_experiment(name, "stop"), body={"reason": reason}, cast_to=Experiment)
 
-    def report(self, name: str) -> Answer:
-        return self._get(_experiment(name, "report"), cast_to=Answer)
+    def report(self, name: str, looks: int = 0) -> Answer:
+        """What is known now; `looks` adds the primary metric at so many times since the start, 50 at most."""
+        options = make_request_options(query={"looks": looks})
+        return self._get(_experiment(name, "report"), options=options, cast_to=Answer)
 
-    def promote(self, name: str, arm: str, preset: str) -> Preset:
-        """Makes an arm's mix a preset."""
-        return self._post(_experiment(name, "promote"), body={"arm": arm, "preset": preset}, cast_to=Preset)
+    def promote(
+        self, name: str, arm: str, preset: str, *, description: str | None = None, if_version: int | None = None
+    ) -> Preset:
+        """Makes an arm's mix a preset; `if_version` as for `presets.set`."""
+        body = {"arm": arm, "preset": preset, "description": description, "if_version": if_version}
+        return self._post(_experiment(name, "promote"), body=body, cast_to=Preset)
+
+    def export(self, name: str, table: Table = "responses") -> bytes:
+        """A Parquet file of what was observed, one row a record."""
+        options = make_request_options(query={"table": table})
+        answer = self._get(_experiment(name, "export"), options=options, cast_to=HttpxBinaryResponseContent)
+        return answer.content
+
+    def forget(self, unit: str) -> int:
+        """Deletes all that was observed of a unit, in every experiment; returns how many records that were."""
+        return (self._delete(f"/units/{_part(unit)}", cast_to=Forgotten)).rows
 
     def record(self, name: str, response_id: str, metric: str, value: float) -> Stored:
         """Reports one outcome of one response, by the `id` of the answer."""
@@ -147,8 +189,10 @@ class Experiments(SyncAPIResource):
 class AsyncExperiments(AsyncAPIResource):
     """All but `record` need an admin key."""
 
-    async def list(self) -> list[Experiment]:
-        return (await self._get("/experiments", cast_to=ExperimentList)).data
+    async def list(self, status: Status | None = None) -> list[Experiment]:
+        """The experiments, newest first; with `status` those in that state."""
+        options = make_request_options(query={"status": status} if status else None)
+        return (await self._get("/experiments", options=options, cast_to=ExperimentList)).data
 
     async def get(self, name: str) -> Experiment:
         return await self._get(_experiment(name), cast_to=Experiment)
@@ -157,6 +201,10 @@ class AsyncExperiments(AsyncAPIResource):
         """Creates a draft; the fields of `spec` are those of ``POST /v1/experiments``: `name`, `arms`, …"""
         return await self._post("/experiments", body=spec, cast_to=Experiment)
 
+    async def replace(self, name: str, **spec: Any) -> Experiment:
+        """Gives a draft another spec."""
+        return await self._put(_experiment(name), body={"name": name, **spec}, cast_to=Experiment)
+
     async def start(self, name: str) -> Experiment:
         return await self._post(_experiment(name, "start"), cast_to=Experiment)
 
@@ -164,15 +212,30 @@ class AsyncExperiments(AsyncAPIResource):
         """Sets the share of units that take part."""
         return await self._post(_experiment(name, "ramp"), body={"coverage": coverage}, cast_to=Experiment)
 
-    async def stop(self, name: str, reason: str) -> Experiment:
+    async def stop(self, name: str, reason: str = "stopped by an operator") -> Experiment:
         return await self._post(_experiment(name, "stop"), body={"reason": reason}, cast_to=Experiment)
 
-    async def report(self, name: str) -> Answer:
-        return await self._get(_experiment(name, "report"), cast_to=Answer)
+    async def report(self, name: str, looks: int = 0) -> Answer:
+        """What is known now; `looks` adds the primary metric at so many times since the start, 50 at most."""
+        options = make_request_options(query={"looks": looks})
+        return await self._get(_experiment(name, "report"), options=options, cast_to=Answer)
 
-    async def promote(self, name: str, arm: str, preset: str) -> Preset:
-        """Makes an arm's mix a preset."""
-        return await self._post(_experiment(name, "promote"), body={"arm": arm, "preset": preset}, cast_to=Preset)
+    async def promote(
+        self, name: str, arm: str, preset: str, *, description: str | None = None, if_version: int | None = None
+    ) -> Preset:
+        """Makes an arm's mix a preset; `if_version` as for `presets.set`."""
+        body = {"arm": arm, "preset": preset, "description": description, "if_version": if_version}
+        return await self._post(_experiment(name, "promote"), body=body, cast_to=Preset)
+
+    async def export(self, name: str, table: Table = "responses") -> bytes:
+        """A Parquet file of what was observed, one row a record."""
+        options = make_request_options(query={"table": table})
+        answer = await self._get(_experiment(name, "export"), options=options, cast_to=HttpxBinaryResponseContent)
+        return answer.content
+
+    async def forget(self, unit: str) -> int:
+        """Deletes all that was observed of a unit, in every experiment; returns how many records that were."""
+        return (await self._delete(f"/units/{_part(unit)}", cast_to=Forgotten)).rows
 
     async def record(self, name: str, response_id: str, metric: str, value: float) -> Stored:
         """Reports one outcome of one response, by the `id` of the answer."""

@@ -81,10 +81,22 @@ def with_steering(params: Mapping[str, Any], steering: SteeringLike | None) -> d
 
 
 def wire_form(steering: SteeringLike) -> dict[str, Any]:
-    """As a server reads it: a mapping of nothing but numbers is a mix of atoms."""
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in steering.values()):
+    """As a server reads it: a mapping of nothing but numbers is a mix of atoms, but for `max_kl`, which is a field.
+
+    Raises TypeError for atoms that stand beside fields.
+    """
+    atoms = steering.keys() - Steering.__annotations__
+    if atoms and len(atoms) < len(steering):
+        fields = ", ".join(sorted(steering.keys() - atoms))
+        raise TypeError(f"steering has atoms ({', '.join(sorted(atoms))}) beside fields ({fields}); put the atoms into "
+                        '"atoms": {"atoms": {"bulleted-list": 2}, "max_kl": 0.5}')  # fmt: skip
+    if all(_is_number(value) for value in steering.values()) and steering.keys() != {"max_kl"}:
         return {"atoms": dict(cast(Mapping[str, float], steering))}
     return dict(steering)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def asks_for_steering(body: object, options: Mapping[str, Any]) -> bool:
