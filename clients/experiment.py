@@ -14,14 +14,23 @@ app = typer.Typer(no_args_is_help=True, help="Run A/B experiments on mixes on a 
 SpecOption = Annotated[
     Path | None, typer.Option("--file", help="The whole spec as JSON; then no other option describes it.")
 ]
+_NOT_OF_THE_SPEC = ("name", "file", "start_now", "server", "key", "as_json")
+"""Parameters of `create` that may stand beside ``--file``."""
 
 
 @app.command("create")
 def create(
+    context: typer.Context,
     name: NameArgument,
     arm: Annotated[
         list[str] | None,
         typer.Option("--arm", help='"NAME=atom=coefficient,…", "NAME=" (unsteered) or "NAME=@preset"; repeat.'),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight", help="\"NAME=2\": an arm's part of the units beside the others', 1 if not said; repeat."
+        ),
     ] = None,
     metric: Annotated[
         list[str] | None,
@@ -36,11 +45,16 @@ def create(
     holdout: Annotated[float, typer.Option(help="Share of units that get the server's default mix.")] = 0.0,
     coverage: Annotated[float, typer.Option(help="Share of units that take part.")] = 1.0,
     unit: Annotated[str, typer.Option(help="user, metadata:KEY or header:NAME.")] = "user",
+    missing_unit: Annotated[
+        str, typer.Option(help="A request without a unit: error, or outside (the control's mix, not recorded).")
+    ] = "error",
+    seed: Annotated[str | None, typer.Option(help="Of the assignment; default: the name.")] = None,
     guardrail: Annotated[
         list[str] | None,
         typer.Option("--guardrail", help='"METRIC<LIMIT", or "METRIC<+LIMIT" above the control; repeat.'),
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Most predicted KL of an arm, nats a token.")] = None,
+    alpha: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.05,
     horizon: Annotated[int, typer.Option(help="Units that you expect to need; see plan.")] = 2000,
     description: Annotated[str, typer.Option(help="What it is for.")] = "",
     file: SpecOption = None,
@@ -54,12 +68,14 @@ def create(
     from clients.server_api import ServerAPI
 
     if file is not None:
+        _refuse_beside_file(context)
         spec = read_spec(file) | {"name": name}
     else:
         spec = {
-            "name": name, "description": description, "arms": arms(arm or []), "metrics": metrics(metric or []),
-            "guardrails": guardrails(guardrail or []), "primary": primary, "control": control, "holdout": holdout,
-            "coverage": coverage, "unit": unit, "max_kl": max_kl, "horizon": horizon,
+            "name": name, "description": description, "arms": arms(arm or [], weight or []),
+            "metrics": metrics(metric or []), "guardrails": guardrails(guardrail or []), "primary": primary,
+            "control": control, "holdout": holdout, "coverage": coverage, "unit": unit, "missing_unit": missing_unit,
+            "seed": seed, "max_kl": max_kl, "alpha": alpha, "horizon": horizon,
         }  # fmt: skip
     with ServerAPI(server, key) as api:
         experiment = api.call("POST", "experiments", spec)
@@ -104,7 +120,9 @@ def status(
 def report(
     name: NameArgument,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a self-contained page with plots.")] = None,
-    looks: Annotated[int, typer.Option(help="Points of the page's plot over time.")] = 20,
+    looks: Annotated[
+        int | None, typer.Option(help="Times since the start to tell the primary metric at; default: 20 with --html.")
+    ] = None,
     server: ServerOption = DEFAULT_SERVER,
     key: KeyOption = None,
     as_json: JSONOption = False,
@@ -113,8 +131,11 @@ def report(
     from clients.experiment_tables import guardrail_table, metric_table, print_json, print_table
     from clients.server_api import ServerAPI
 
+    if looks is not None and html is None and not as_json:
+        raise typer.BadParameter("--looks are shown by --html and --json; give one of them")
+    looks = (20 if html else 0) if looks is None else looks
     with ServerAPI(server, key) as api:
-        found = api.call("GET", f"experiments/{path_part(name)}/report", looks=looks if html else 0)
+        found = api.call("GET", f"experiments/{path_part(name)}/report", looks=looks)
     if html is not None:
         from atoms.storage import write_bytes
         from clients.experiment_page import render_page
@@ -225,21 +246,32 @@ def forget(
 
 @app.command("plan")
 def plan(
-    effect: Annotated[float, typer.Option(help="The smallest difference to find, in the metric's unit.")],
+    effect: Annotated[float | None, typer.Option(help="The smallest difference to find, in the metric's unit.")] = None,
+    units: Annotated[int | None, typer.Option(help="Units that there will be, to learn the effect instead.")] = None,
     rate: Annotated[float | None, typer.Option(help="For a proportion: its value today.")] = None,
     deviation: Annotated[
         float | None, typer.Option(help="For a mean: the standard deviation of a unit's value.")
     ] = None,
-    arms: Annotated[int, typer.Option(min=2, help="Arms in all, of equal shares.")] = 2,
+    arms: Annotated[int | None, typer.Option(min=2, help="Arms in all, of equal shares; default: 2.")] = None,
+    shares: Annotated[
+        str | None, typer.Option(help='Shares of the arms instead, the control\'s first, such as "0.1,0.45,0.45".')
+    ] = None,
     power: Annotated[float, typer.Option(help="Probability of finding the effect.")] = 0.8,
     alpha: Annotated[float, typer.Option(help="Probability of finding one that is not there.")] = 0.05,
 ) -> None:
-    """How many units an experiment needs, before it is run. Asks no server."""
-    from clients.experiment_spec import planned_units
+    """How many units an experiment needs, or what so many units can find, before it is run. Asks no server."""
+    from clients.experiment_spec import Plan, arm_shares
 
-    units = planned_units(effect, rate=rate, deviation=deviation, arms=arms, power=power, alpha=alpha)
-    print(f"{units} units in all ({-(-units // arms)} an arm) find a difference of {effect:g} with probability {power:g}; "
-          f"use --horizon {units}")  # fmt: skip
+    planned = Plan(arm_shares(arms, shares), power, alpha, rate, deviation)
+    if (effect is None) == (units is None):
+        raise typer.BadParameter("give --effect to learn how many units are needed, or --units to learn the effect")
+    if effect is not None:
+        needed = planned.units(effect)
+        print(f"{needed} units in all ({planned.smallest(needed)} in the smallest arm) find a difference of {effect:g} with "
+              f"probability {power:g}; use --horizon {needed}")  # fmt: skip
+    elif units is not None:
+        print(f"{units} units in all ({planned.smallest(units)} in the smallest arm) find a difference of "
+              f"{planned.effect(units):.4g} or more with probability {power:g}; use --horizon {units}")  # fmt: skip
 
 
 def _post(name: str, action: str, body: dict[str, Any], server: str, key: str | None, as_json: bool) -> None:
@@ -255,3 +287,11 @@ def _show(experiment: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(experiment)
     print_table(arm_table(experiment))
+
+
+def _refuse_beside_file(context: typer.Context) -> None:
+    """Raises typer.BadParameter for an option that the file would silently win over."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in _NOT_OF_THE_SPEC and source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"--file holds the whole spec; write {parameter.opts[0]} into it")

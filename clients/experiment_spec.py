@@ -6,12 +6,13 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atoms.errors import ConfigError, DataError
 from atoms.mix import parse_mix
-from server.experiments.statistics import required_units
+from server.experiments.statistics import MIN_UNITS, required_units
 
 _GUARDRAIL = re.compile(r"\s*([^<\s]+)\s*<\s*(\+?)\s*([0-9.eE+-]+)\s*")
 
@@ -27,16 +28,32 @@ def read_spec(file: Path) -> dict[str, Any]:
     return spec
 
 
-def arms(texts: Sequence[str]) -> list[dict[str, Any]]:
-    """``name=atom=coefficient,…``, ``name=`` and ``name=@preset``. Raises ConfigError, MixError."""
-    found = []
+def arms(texts: Sequence[str], weights: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """``name=atom=coefficient,…``, ``name=`` and ``name=@preset``; weights as ``name=2``. Raises ConfigError, MixError."""
+    found: dict[str, dict[str, Any]] = {}
     for text in texts:
-        name, separator, mix = text.partition("=")
-        if not separator or not name.strip():
+        name, separator, mix = (part.strip() for part in text.partition("="))
+        if not separator or not name:
             raise ConfigError(f"arm {text!r} is not of the form NAME=atom=coefficient, NAME= or NAME=@preset")
-        treatment = {"preset": mix.strip()[1:]} if mix.strip().startswith("@") else {"atoms": parse_mix(mix)}
-        found.append({"name": name.strip(), **treatment})
-    return found
+        if name in found:
+            raise ConfigError(f"two arms are called {name!r}; give each a name of its own")
+        found[name] = {"name": name, **({"preset": mix[1:]} if mix.startswith("@") else {"atoms": parse_mix(mix)})}
+    for text in weights:
+        name, _, weight = (part.strip() for part in text.partition("="))
+        if name not in found:
+            raise ConfigError(f"--weight {text!r} is for none of the arms {', '.join(found) or '(none)'}; write NAME=2")
+        found[name]["weight"] = _finite(weight, f"--weight {text!r} is not of the form NAME=2")
+    return list(found.values())
+
+
+def _finite(text: str, complaint: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(complaint)
+    return value
 
 
 def metrics(texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -57,30 +74,87 @@ def guardrails(texts: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for text in texts:
         match = _GUARDRAIL.fullmatch(text)
-        try:
-            limit = float(match[3]) if match else math.nan
-        except ValueError:
-            limit = math.nan
-        if match is None or not math.isfinite(limit):
-            raise ConfigError(f"guardrail {text!r} is not of the form METRIC<LIMIT or METRIC<+LIMIT")
+        limit = _finite(
+            match[3] if match else "", f"guardrail {text!r} is not of the form METRIC<LIMIT or METRIC<+LIMIT"
+        )
+        assert match is not None
         found.append({"metric": match[1], "max_increase" if match[2] else "max": limit})
     return found
 
 
-def planned_units(
-    effect: float, *, rate: float | None, deviation: float | None, arms: int, power: float, alpha: float
-) -> int:
-    """Units of `arms` equal arms that show `effect` between the control and any other. Raises ConfigError."""
-    if (rate is None) == (deviation is None):
-        raise ConfigError("give --rate for a proportion, or --deviation for a mean")
-    for name, value, low, high in (("rate", rate, 0, 1), ("power", power, 0, 1), ("alpha", alpha, 0, 0.5)):
-        if value is not None and not low < value < high:
-            raise ConfigError(f"{name} is {value:g}; it must lie between {low} and {high}")
-    if not effect or not math.isfinite(effect) or (deviation is not None and not 0 < deviation < math.inf):
-        raise ConfigError("effect and deviation must be finite numbers other than 0")
-    if rate is not None:
-        if not 0 < rate + effect < 1:
-            raise ConfigError(f"a rate of {rate:g} cannot change by {effect:g}; rates lie between 0 and 1")
-        deviation = math.sqrt((rate * (1 - rate) + (rate + effect) * (1 - rate - effect)) / 2)
-    return required_units(effect, deviation or 0.0, alpha=alpha, power=power, shares=(1 / arms, 1 / arms),
-                          comparisons=arms - 1)  # fmt: skip
+def arm_shares(arms: int | None, shares: str | None) -> tuple[float, ...]:
+    """Shares of the arms, the control's first: `arms` equal ones (default 2), or those of a text. Raises ConfigError."""
+    if shares is None:
+        return (1 / (arms or 2),) * (arms or 2)
+    if arms is not None:
+        raise ConfigError("--arms are equal and --shares say how they are not; give one of them")
+    values = [_finite(part, f"--shares {shares!r} is not of the form 0.1,0.45,0.45") for part in shares.split(",")]
+    if len(values) < 2 or min(values) <= 0:
+        raise ConfigError(f"--shares {shares!r} must be two positive numbers or more, the control's first")
+    return tuple(value / math.fsum(values) for value in values)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment can find: `shares` of its arms (the control's first), and what one unit's value is like: a
+    proportion that is `rate` today, or a mean with the standard deviation `deviation`.
+
+    The comparison that counts is the control's with the smallest other arm. Raises ConfigError.
+    """
+
+    shares: tuple[float, ...]
+    power: float
+    alpha: float
+    rate: float | None = None
+    deviation: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.rate is None) == (self.deviation is None):
+            raise ConfigError("give --rate for a proportion, or --deviation for a mean")
+        for name, value, high in (("rate", self.rate, 1), ("power", self.power, 1), ("alpha", self.alpha, 0.5)):
+            if value is not None and not 0 < value < high:
+                raise ConfigError(f"{name} is {value:g}; it must lie between 0 and {high}")
+        if self.deviation is not None and not 0 < self.deviation < math.inf:
+            raise ConfigError(f"deviation is {self.deviation:g}; it must be a finite number above 0")
+
+    def units(self, effect: float) -> int:
+        """Units of all arms that find `effect`, either way."""
+        if not effect or not math.isfinite(effect):
+            raise ConfigError(f"effect is {effect:g}; it must be a finite number other than 0")
+        shares = (self.shares[0], min(self.shares[1:]))
+        needed = required_units(effect, self._spread(effect), alpha=self.alpha, power=self.power, shares=shares,
+                                comparisons=len(self.shares) - 1)  # fmt: skip
+        return max(needed, self._least)
+
+    def effect(self, units: int) -> float:
+        """The smallest effect that `units` units of all arms find: upwards, for a proportion, unless there is no room."""
+        if units < self._least:
+            raise ConfigError(f"units is {units}; below {self._least} the smallest arm has fewer than {MIN_UNITS}, and no "
+                              "interval is given")  # fmt: skip
+        low, high = 0.0, 1e6 * self.deviation if self.deviation else (1 - (self.rate or 0.0)) * (1 - 1e-9)
+        if self.units(high) > units:
+            raise ConfigError(
+                f"{units} units find no difference that a rate of {self.rate:g} has room for; plan more units"
+            )
+        while high - low > 1e-9 * high:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.units(middle) <= units else (middle, high)
+        return high
+
+    def smallest(self, units: int) -> int:
+        """Units of the smallest arm among `units`."""
+        return math.ceil(units * min(self.shares))
+
+    @property
+    def _least(self) -> int:
+        """Units with which the smallest arm has an interval."""
+        return math.ceil(MIN_UNITS / min(self.shares) - 1e-9)
+
+    def _spread(self, effect: float) -> float:
+        """The standard deviation of one unit's value, in both arms alike."""
+        if self.rate is None:
+            return self.deviation or 0.0
+        changed = self.rate + effect
+        if not 0 < changed < 1:
+            raise ConfigError(f"a rate of {self.rate:g} cannot change by {effect:g}; rates lie between 0 and 1")
+        return math.sqrt((self.rate * (1 - self.rate) + changed * (1 - changed)) / 2)

@@ -17,12 +17,13 @@ import pytest
 
 from atoms.package import Package
 from clients.cli import main
-from clients.experiment_spec import arms, guardrails, metrics, planned_units
+from clients.experiment_spec import Plan, arm_shares, arms, guardrails, metrics
 from server.config import ServeConfig
 from server.context import Traffic
 from server.embedded.app import create_app
 from server.embedded.scripted import ScriptedEngine
 from server.embedded.serve import draining_server, reserve_port
+from server.experiments.statistics import MIN_UNITS
 from server.state import State
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -165,13 +166,32 @@ def test_a_server_that_is_away_or_another_is_said(cli: Cli, url: str, unused_tcp
 
 
 def test_plan(cli: Cli) -> None:
+    planned = Plan(arm_shares(3, None), 0.8, 0.05, rate=0.3)
     status, out, _ = cli("experiment", "plan", "--rate", 0.3, "--effect", 0.1, "--arms", 3)
-    units = planned_units(0.1, rate=0.3, deviation=None, arms=3, power=0.8, alpha=0.05)
-    assert status == 0 and out.startswith(f"{units} units in all")
-    assert units > planned_units(0.1, rate=0.3, deviation=None, arms=2, power=0.8, alpha=0.05)
-    for bad in (("--effect", 0.1), ("--rate", 0.3, "--deviation", 1, "--effect", 1), ("--rate", 0.3, "--effect", 0.9),
-                ("--deviation", 1, "--effect", 0), ("--rate", 0.3, "--effect", 0.1, "--power", 1)):  # fmt: skip
-        assert cli("experiment", "plan", *bad)[0] == 2
+    units = planned.units(0.1)
+    assert status == 0 and out.startswith(f"{units} units in all ({-(-units // 3)} in the smallest arm)")
+    assert units > Plan(arm_shares(2, None), 0.8, 0.05, rate=0.3).units(0.1)
+    assert planned.effect(units) == pytest.approx(0.1, rel=0.01), "both directions are one relation"
+    status, out, _ = cli("experiment", "plan", "--rate", 0.3, "--units", units, "--arms", 3)
+    assert status == 0 and re.search(r"a difference of 0.(1|09999) or more", out)
+    uneven = Plan(arm_shares(None, "1, 4.5, 4.5"), 0.8, 0.05, deviation=2.0)
+    assert uneven.shares == pytest.approx((0.1, 0.45, 0.45))
+    assert uneven.units(0.5) > Plan(arm_shares(3, None), 0.8, 0.05, deviation=2.0).units(0.5)
+    assert Plan((0.5, 0.5), 0.8, 0.05, deviation=1.0).units(1e3) == 2 * MIN_UNITS, "fewer have no interval"
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (("--effect", 0.1), "--rate"), (("--rate", 0.3, "--deviation", 1, "--effect", 1), "--rate"),
+    (("--rate", 0.3, "--effect", 0.9), "rates lie between 0 and 1"), (("--deviation", 1, "--effect", 0), "effect is 0"),
+    (("--rate", 0.3, "--effect", 0.1, "--power", 1), "power is 1"), (("--rate", 0.3), "--effect"),
+    (("--rate", 0.3, "--effect", 0.1, "--units", 100), "--units"), (("--rate", 0.3, "--units", 59), "fewer than 30"),
+    (("--rate", 0.9, "--units", 60), "plan more units"), (("--deviation", "inf", "--effect", 1), "deviation is inf"),
+    (("--rate", 0.3, "--effect", 0.1, "--shares", "1,0"), "--shares '1,0'"),
+    (("--rate", 0.3, "--effect", 0.1, "--shares", "1,1", "--arms", 2), "one of them"),
+])  # fmt: skip
+def test_plans_that_cannot_be_made_say_why(cli: Cli, options: tuple, words: str) -> None:
+    status, _, error = cli("experiment", "plan", *options)
+    assert status == 2 and words in " ".join(error.replace("│", "").split()) and "Traceback" not in error, error
 
 
 def test_short_forms() -> None:
@@ -187,7 +207,46 @@ def test_short_forms() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [("--arm", "a"), ("--metric", "a:median"), ("--guardrail", "error>1"),
+def test_weights_and_the_other_fields_of_a_spec(cli: Cli, url: str) -> None:
+    created = json.loads(cli("experiment", "create", "tone", "--arm", "a=", "--arm", "b=list=1", "--weight", "b=3", "--alpha",
+                             0.1, "--seed", "s", "--missing-unit", "outside", "--json")[1])  # fmt: skip
+    assert [arm["share"] for arm in created["arms"]] == [0.25, 0.75], "weights are relative: they need not add up to 1"
+    assert (created["alpha"], created["seed"], created["missing_unit"]) == (0.1, "s", "outside")
+
+
+def test_what_a_file_would_win_over_is_refused(cli: Cli, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"arms": [{"name": "a", "atoms": {}}, {"name": "b", "atoms": {"list": 1}}]}))
+    for option in (("--arm", "c="), ("--holdout", 0.0), ("--horizon", 2000), ("--alpha", 0.1)):
+        status, _, error = cli("experiment", "create", "tone", "--file", file, *option)
+        assert status == 2 and option[0] in error, option
+    status, _, error = cli("experiment", "report", "tone", "--looks", 3)
+    assert status == 2 and "--html" in error
+    assert cli("experiment", "list")[1].count("tone") == 0
+
+
+def test_a_report_without_any_unit(cli: Cli, url: str, tmp_path: Path) -> None:
+    """Of a draft, and of one that has just been started: nothing is known, and that is what all forms say."""
+    cli("experiment", "create", "tone", "--arm", "a=", "--arm", "b=list=1", "--metric", "thumbs:proportion", "--metric",
+        "spent:zero", "--guardrail", "error<0.1", "--guardrail", "tokens<+5")  # fmt: skip
+    for state in ("draft", "running"):
+        page = tmp_path / f"{state}.html"
+        status, out, error = cli("experiment", "report", "tone", "--html", page)
+        assert status == 0, error
+        assert f"tone, {state}" in out and "0 units: a 0, b 0." in out and "thumbs: b has fewer than 30 units." in out
+        assert "ALARM" not in out and "no data" in out and "holds" in out
+        assert "fewer than 30 units" in page.read_text() and "NaN" not in page.read_text()
+        found = json.loads(cli("experiment", "report", "tone", "--json", "--looks", 2)[1])
+        assert found["sample_ratio"] == {"p_value": None, "alarm": False}
+        assert [look["units"] for look in found["looks"]] == ([] if state == "draft" else [0, 0])
+        cli("experiment", "start", "tone")
+    for table in ("exposures", "responses", "outcomes"):
+        assert cli("experiment", "export", "tone", "--out", tmp_path)[0] == 0
+        assert pq.read_table(tmp_path / f"tone-{table}.parquet").num_rows == 0
+
+
+@pytest.mark.parametrize("arguments", [("--arm", "a"), ("--arm", "a=", "--arm", "a=x=1"), ("--arm", "a=", "--weight", "b=1"),
+                                       ("--arm", "a=", "--weight", "a=many"), ("--metric", "a:median"), ("--guardrail", "error>1"),
                                        ("--guardrail", "error<."), ("--arm", "a=x")])  # fmt: skip
 def test_bad_short_forms_are_refused(cli: Cli, arguments: tuple[str, str]) -> None:
     status, _, error = cli("experiment", "create", "x", *arguments)
