@@ -34,6 +34,7 @@ from atoms.mix import Mix
 from atoms.model import choose_device, choose_dtype
 from atoms.space import LoRAModule, LoRASpace
 from atoms.steered import PackedBank, SteeredModel
+from server.embedded.attention import group_heads
 from server.embedded.batcher import Batcher, Job
 from server.embedded.detokenize import TokenBytes
 from server.embedded.engine import EmbeddedEngine
@@ -79,6 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     cells: dict[str, Callable[[], float]] = {}
     engines = [engine_on(copy.deepcopy(model))]
     pack_linears(engines[0]._batcher._model)
+    group_heads(engines[0]._batcher._model)
     draw = random.Random(0)
     for cell in args.cells:
         if cell == "steps":
@@ -102,6 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
         engine.close()
     if "steps" in args.cells:
         pack_linears(model)
+        group_heads(model)
         prompts = [tuple(tokenizer(PROMPT.format(row))["input_ids"]) for row in range(args.rows)]
         rates["steps"] = step_rates(model, packed, bank.base.space, TokenBytes(tokenizer), prompts, args)
     return rates

@@ -23,6 +23,7 @@ from atoms.engine import GenerationRequest, SamplingParams
 from atoms.model import choose_device, choose_dtype
 from atoms.steered import PackedBank
 from bench.embedded_decode import processor, random_bank
+from server.embedded.attention import group_heads
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.packing import pack_linears
 
@@ -40,6 +41,7 @@ def main() -> None:
     bank = random_bank(model, 8)
     compose = PackedBank(bank, "linear", device, model.dtype).compose
     pack_linears(model)
+    group_heads(model)
     found = {}
     print(f"{processor()}; a prompt of {args.prompt} tokens joins a running answer\n")
     print(

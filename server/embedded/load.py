@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from atoms.model import choose_device, choose_dtype, load_model, merge_adapter
 from atoms.package import Package
 from atoms.steered import PackedBank
+from server.embedded.attention import group_heads
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.packing import pack_linears
 
@@ -49,6 +50,7 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
     model, tokenizer = load_merged(package, options)
     if packed := pack_linears(model):
         _log.info("packed the weights of %d linears", packed)
+    group_heads(model)
     engine = EmbeddedEngine(
         model,
         tokenizer,

@@ -1,4 +1,4 @@
-"""Weights packed once for oneDNN: faster decoding on CPUs in fp32.
+"""Weights packed once for oneDNN: faster decoding on CPUs, in fp32 and where the CPU has bf16 instructions in bf16.
 
 A decode step multiplies a few rows by every weight of the model. The plain kernel rearranges the weight on every call,
 which at 16 rows costs as much as the product; packed at load, the product alone is left (bench/embedded_decode.py
@@ -16,15 +16,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
 _ROWS = 16
 """Rows of a typical decode step, for which the packed layout is chosen; other counts work too."""
 
 
 def can_pack(model: nn.Module) -> bool:
-    """Whether `model` is on a CPU in fp32, and this torch has the operators."""
+    """Whether `model` is on a CPU that computes in its dtype, fp32 or bf16, and this torch has the operators."""
     weight = next(model.parameters())
-    operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and operators
+    if weight.device.type != "cpu" or not all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS):
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def test_linears_of_one_input_share_a_product_and_others_do_not(tiny_model: PreT
     steered = SteeredModel(tiny_model, space, slots=1)
     delta = random_delta(space, 0)
     steered.set_slot(0, delta)
-    with patch("atoms.steered.torch.bmm", side_effect=lambda x, a: products.append(a) or torch.matmul(x, a)):
+    with patch("atoms.steered.torch.bmm", side_effect=lambda a, x: products.append(a) or torch.matmul(a, x)):
         got = run(steered, [0, 0, 0])
     assert len(products) == 4 * tiny_model.config.num_hidden_layers
     steered.close()

@@ -49,7 +49,23 @@ def test_a_row_does_not_depend_on_its_company(load_smol: Callable[[], PreTrained
             assert torch.equal(linear(x)[:1], linear(x[:1]))
 
 
+def test_bf16_is_packed_where_the_cpu_computes_in_it(load_smol: Callable[[], PreTrainedModel]) -> None:
+    model = load_smol().bfloat16()
+    ids = torch.tensor([[1, 30, 31, 32, 33]])
+    plain = logits(model, ids)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert pack_linears(model) == 0
+        return
+    x = torch.randn(16, 1, model.config.hidden_size, dtype=torch.bfloat16)
+    up = model.get_submodule("model.layers.0.mlp.up_proj")
+    with torch.inference_mode():
+        expected = up(x)
+        assert pack_linears(model) == 30 * 7 + 1
+        torch.testing.assert_close(up(x), expected, rtol=2e-2, atol=2e-2)
+    assert torch.equal(logits(model, ids).argmax(-1), plain.argmax(-1))
+
+
 def test_half_precision_is_left_alone(tiny_model: PreTrainedModel) -> None:
     assert can_pack(tiny_model)
-    assert pack_linears(tiny_model.bfloat16()) == 0
+    assert pack_linears(tiny_model.half()) == 0
     assert all(linear.weight.numel() for linear in tiny_model.modules() if isinstance(linear, nn.Linear))
