@@ -50,9 +50,9 @@ def running(command: list[str], log: Path, environment: dict[str, str] | None = 
         process.wait(timeout=120)
 
 
-def embedded_server(package: Path, model: str, slots: int) -> list[str]:
+def embedded_server(package: Path, model: str, slots: int, dtype: str) -> list[str]:
     return [*ATOMSTEER, f"--package={package}", f"--model={model}", "--database=none", f"--max-num-seqs={slots}",
-            f"--max-model-len={CONTEXT}", "--max-waiting=1024"]  # fmt: skip
+            f"--dtype={dtype}", f"--max-model-len={CONTEXT}", "--max-waiting=1024"]  # fmt: skip
 
 
 def vllm_options(rows: int, dtype: str) -> list[str]:
