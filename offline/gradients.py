@@ -52,14 +52,15 @@ def label_logits(model: Any, batch: Batch) -> Tensor:
     """Logits at the label positions only, (n, V) float32: the head runs on n rows instead of b·t.
 
     `model` is a transformers or PEFT causal LM. Works for any of them because it narrows the head's input; whatever
-    the model does to logits afterwards (scaling, soft capping) is kept.
+    the model does to logits afterwards (scaling, soft capping) is kept. No mask is given: padding is on the right, where
+    causality hides it from every real token, and attention kernels are faster without one.
     """
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(
         lambda _module, inputs: (inputs[0][batch.label_rows, batch.label_columns],)  # (b, t, h) -> (n, h)
     )
     try:
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+        return model(input_ids=batch.input_ids, use_cache=False).logits.float()
     finally:
         handle.remove()
 

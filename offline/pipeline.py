@@ -56,6 +56,7 @@ from offline.dictionary import Dictionary, encode, learn_dictionary
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
 from offline.models import frozen_lora
+from offline.passes import quicken
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
@@ -118,7 +119,8 @@ class Run:
 
     def _load(self, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         self.progress.say(f"loading {self.config.model} ({dtype}, {self.device})".replace("torch.", ""))
-        return load_model(self.config.model, dtype, self.device, self.config.revision)
+        model, tokenizer = load_model(self.config.model, dtype, self.device, self.config.revision)
+        return quicken(model), tokenizer
 
     @property
     def model(self) -> PreTrainedModel:
