@@ -12,7 +12,7 @@ from typing import Any
 
 from atoms.errors import ConfigError, DataError
 from atoms.mix import parse_mix
-from server.experiments.statistics import MIN_UNITS, required_units
+from server.experiments.statistics import MIN_UNITS, required_units, steadied
 
 _GUARDRAIL = re.compile(r"\s*([^<\s]+)\s*<\s*(\+?)\s*([0-9.eE+-]+)\s*")
 
@@ -121,8 +121,7 @@ class Plan:
         """Units of all arms that find `effect`, either way."""
         if not effect or not math.isfinite(effect):
             raise ConfigError(f"effect is {effect:g}; it must be a finite number other than 0")
-        shares = (self.shares[0], min(self.shares[1:]))
-        needed = required_units(effect, self._spread(effect), alpha=self.alpha, power=self.power, shares=shares,
+        needed = required_units(effect, self._deviation(effect), alpha=self.alpha, power=self.power, shares=self._compared,
                                 comparisons=len(self.shares) - 1)  # fmt: skip
         return max(needed, self._least)
 
@@ -150,11 +149,19 @@ class Plan:
         """Units with which the smallest arm has an interval."""
         return math.ceil(MIN_UNITS / min(self.shares) - 1e-9)
 
-    def _spread(self, effect: float) -> float:
-        """The standard deviation of one unit's value, in both arms alike."""
+    @property
+    def _compared(self) -> tuple[float, float]:
+        """Shares of the control and of the smallest other arm."""
+        return self.shares[0], min(self.shares[1:])
+
+    def _deviation(self, effect: float) -> float:
+        """The standard deviation of one unit's value that stands for both arms'."""
         if self.rate is None:
             return self.deviation or 0.0
         changed = self.rate + effect
         if not 0 < changed < 1:
             raise ConfigError(f"a rate of {self.rate:g} cannot change by {effect:g}; rates lie between 0 and 1")
-        return math.sqrt((self.rate * (1 - self.rate) + changed * (1 - changed)) / 2)
+        control, arm = self._compared
+        before, after = self.rate * (1 - self.rate), changed * (1 - changed)
+        error = steadied(control, before, arm, after) / control + steadied(arm, after, control, before) / arm
+        return math.sqrt(error / (1 / control + 1 / arm))

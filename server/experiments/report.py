@@ -154,8 +154,8 @@ def _difference(experiment: Experiment, metric: str, moments: ArmMoments, arm: s
     spec, control = experiment.spec, experiment.control.name
     base, found = moments.get(control, _NONE), moments.get(arm, _NONE)
     horizon, comparisons = _horizon(experiment, metric, control, arm), len(experiment.arms) - 1
-    estimate = difference(base, found, spec.alpha, horizon, comparisons=comparisons,
-                          proportion=_is_proportion(experiment, metric))  # fmt: skip
+    proportion = _is_proportion(experiment, metric)
+    estimate = difference(base, found, spec.alpha, horizon, comparisons=comparisons, proportion=proportion)
     return {
         "arm": arm,
         "control": control,
@@ -166,7 +166,7 @@ def _difference(experiment: Experiment, metric: str, moments: ArmMoments, arm: s
         "relative": estimate.value / base.mean if base.n and found.n and base.mean else None,
         "verdict": _verdict(estimate, goal),
         "detectable": detectable_effect(base, found, alpha=spec.alpha, power=POWER, horizon=horizon,
-                                        comparisons=comparisons),
+                                        comparisons=comparisons, proportion=proportion),
     }  # fmt: skip
 
 
