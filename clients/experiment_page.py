@@ -60,9 +60,10 @@ svg text { fill: currentColor; font-size: 12px; } .axis { stroke: var(--line); }
 <ul>{% for event in history %}<li>{{ moment(event.at) }}: {{ event.kind }}
 {%- for name, value in event.detail.items() %}, {{ name }} {{ value }}{% endfor %}</li>
 {% endfor %}</ul>
-<p class="quiet">Intervals are always valid: with probability {{ "%g" % (100 * (1 - experiment.alpha)) }}% all intervals
-of one metric that are ever shown hold the truth, so looking often costs nothing. Metrics are not corrected for each
-other; the primary one decides.</p>
+<p class="quiet">Intervals are always valid: with probability {{ "%g" % (100 * (1 - experiment.alpha)) }}% all differences of
+one metric that are ever shown have the truth in their intervals, so looking often costs nothing. The interval of a single
+mean of skewed values, such as revenue, misses it more often. Metrics are not corrected for each other; the primary one
+decides.</p>
 </body></html>
 """
 _COLOURS = ("#2f6fdf", "#d9822b", "#1a7f4b", "#8e44ad", "#c0392b", "#16a2b8", "#7f6a1a", "#555f6e")
