@@ -9,9 +9,11 @@ import vllm.v1.core.block_pool as block_pool
 import vllm.v1.core.kv_cache_utils as kv_cache_utils
 import vllm.v1.worker.lora_model_runner_mixin as lora_runner
 from vllm.config import ModelConfig, VllmConfig
+from vllm.config.compilation import CompilationMode
 from vllm.config.lora import MaxLoRARanks
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.forward_context import get_forward_context
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
@@ -26,6 +28,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 
 __all__ = [
     "BaseModelPath",
+    "CompilationMode",
     "DefaultModelLoader",
     "EngineArgs",
     "InputBatch",
@@ -42,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "VllmConfig",
     "block_pool",
+    "get_forward_context",
     "kv_cache_utils",
     "lora_runner",
     "register_model_loader",

@@ -19,6 +19,7 @@ from atoms.errors import AdapterError, EngineError
 from atoms.mix import Mix, digest_in_phase
 from atoms.package import Package
 from server.vllm.coefficients import BankedLinear, CoefficientTable, FusedPart
+from server.vllm.compiled import hook
 from server.vllm.identity import decode_path, digest_of_name, is_mix, phase_of_name
 from server.vllm.upstream import (
     LoRALayerWeights,
@@ -95,6 +96,7 @@ class _MixManager(LRUCacheLoRAModelManager):
         self._package = package
         self._renames = getattr(model, "hf_to_vllm_mapper", None)
         self._complete = vllm_config.parallel_config.pipeline_parallel_size == 1
+        self._layers = vllm_config.compilation_config.static_forward_context
         super().__init__(model=model, vllm_config=vllm_config, **options)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
@@ -179,6 +181,8 @@ class CoefficientManager(_MixManager):
         names = self._module_names(bank)
         by_name = {module.name: module for module in bank.base.space.modules}
         self._table = CoefficientTable(bank.ids, self.lora_slots)
+        self._linears: list[_SteeredLinear] = []
+        self._mapped = False
         found: set[str] = set()
         for name, module in self.model.named_modules():
             fused = self._parts_of(name)
@@ -190,8 +194,13 @@ class CoefficientManager(_MixManager):
             if parts:
                 _check_sizes(name, module, parts)
                 found |= {part.module.name for part in parts}
-                module.register_forward_hook(_hook(BankedLinear(bank, parts, self._package.composition), self._table))
+                banked = BankedLinear(bank, parts, self._package.composition, module.params_dtype)
+                self._linears.append(_SteeredLinear(banked, self._table))
+                module.register_forward_hook(hook(self._linears[-1], name, self._layers))
         self._require_all(found, names)
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        self._registered_adapters[lora.id] = lora  # of vLLM's own, for warm-up, too: they have no weights
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: dict[str, str] | None = None) -> LoRAModel:
         return LoRAModel(lora_id, rank, {})
@@ -206,20 +215,30 @@ class CoefficientManager(_MixManager):
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         slots = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
+        self._mapped = True
         self._table.select([slots[lora_id] if lora_id > 0 else -1 for lora_id in mapping.index_mapping])
 
     def remove_all_adapters(self) -> None:
+        """vLLM calls this after each pass that warms the model up, when the steering must have been reached."""
+        if self._mapped and not all(linear.reached for linear in self._linears):
+            raise EngineError("the model ran and left linears unsteered: its compiled graph is not ours; remove vLLM's compile "
+                              "cache, or give --enforce-eager")  # fmt: skip
         super().remove_all_adapters()
         self._table.rows = None
 
 
-def _hook(linear: BankedLinear, table: CoefficientTable) -> Any:
-    def add_steering(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        if table.rows is not None:
-            y = output[0] if isinstance(output, tuple) else output
-            linear.add(inputs[0].flatten(0, -2), y.view(-1, y.shape[-1]), table.rows)
+class _SteeredLinear:
+    """One linear's steering by the rows that `table` has selected. `reached` says whether the model has ever run it."""
 
-    return add_steering
+    def __init__(self, linear: BankedLinear, table: CoefficientTable) -> None:
+        self._linear, self._table = linear, table
+        self.reached = False
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """See `server.vllm.compiled.SteeredLinear`."""
+        self.reached = True
+        if self._table.rows is not None:
+            self._linear.add(x.flatten(0, -2), y.view(-1, y.shape[-1]), self._table.rows)
 
 
 def _output_columns(module: Any, parts: int) -> Iterator[slice]:

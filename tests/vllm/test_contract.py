@@ -205,3 +205,20 @@ def test_every_option_that_we_give_is_one_that_vllm_knows(tmp_path) -> None:
         option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings
     }
     assert set(vllm_options(ServeConfig(package=tmp_path), "base", None)) <= known
+
+
+def test_compilation_is_turned_off_for_lora_the_way_that_we_undo(upstream) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    source = inspect.getsource(CpuPlatform.check_and_update_config)
+    on, off = source.index('"dce": True'), source.index("if vllm_config.lora_config is not None:")
+    assert on < off and "compilation_config.mode = CompilationMode.NONE" in source[off : off + 120]
+    assert "additional_config" in inspect.getsource(upstream.VllmConfig.compute_hash), "a graph is no longer kept by it"
+
+
+def test_layers_are_found_by_name_while_the_model_runs() -> None:
+    from vllm.forward_context import create_forward_context
+
+    assert "no_compile_layers=vllm_config.compilation_config.static_forward_context" in inspect.getsource(
+        create_forward_context
+    )
