@@ -3,7 +3,8 @@
 `make test` runs the blocks that take seconds, `make soak` also those below `<!-- soak -->`. A block that cannot run says
 why in `<!-- not run: reason -->`, and NOT_RUN counts those, so that none slips by. A page's blocks run in order in a
 directory of its own, where `demo/` has a package and its model and `documents.jsonl` are the demo's documents; what the shell
-exports, and a server that it starts, last until the page ends. Only the port of the server is changed.
+exports, and a server that it starts, last until the page ends. Only the port of the server is changed. `make demo` takes ten
+minutes: ``ATOMSTEER_TEST_DEMO=demo`` gives it a copy of a demo that was made before, from which it goes on.
 """
 
 from __future__ import annotations
@@ -154,6 +155,8 @@ def page(
     (directory / "demo" / "model").mkdir()
     (directory / "demo" / "model" / smol_path.name).symlink_to(smol_path)
     shutil.copy(demo_data("demo_documents"), directory / "documents.jsonl")
+    if made := os.environ.get("ATOMSTEER_TEST_DEMO"):
+        shutil.copytree(ROOT / made, directory / "made", symlinks=True)
     for name in ("bench", "clients", "offline"):
         (directory / name).symlink_to(ROOT / name)
     if NODE_MODULES.exists():

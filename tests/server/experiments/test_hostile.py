@@ -156,6 +156,37 @@ async def test_one_of_many_operators_creates_starts_and_stops(
     assert [event["kind"] for event in history] == ["created", "started", "stopped"]
 
 
+async def test_promoting_while_others_stop(running: Body, admin: AsyncClient, call: Call) -> None:
+    """Each promotion that succeeds is a version of its own; one of the stops succeeds; nothing is a 5xx."""
+    promote, stop = {"arm": "listed", "preset": "winner"}, {"reason": "enough"}
+    sent = await asyncio.gather(
+        *(
+            admin.post("/v1/experiments/tone/promote", json=promote | ({"if_version": 0} if n % 2 else {}))
+            for n in range(8)
+        ),
+        *(admin.post("/v1/experiments/tone/stop", json=stop) for _ in range(8)),
+    )
+    promoted, stopped = ([answer.status_code for answer in part] for part in (sent[:8], sent[8:]))
+    assert set(promoted) <= {200, 409} and sorted(stopped) == [200] + [409] * 7
+    versions = [answer.json()["version"] for answer in sent[:8] if answer.status_code == 200]
+    assert sorted(versions) == list(range(1, len(versions) + 1)) and len(versions) >= 1
+    assert (await call(admin, "GET", "presets/winner"))["version"] == max(versions)
+    history = (await call(admin, "GET", "experiments/tone/report"))["history"]
+    assert [event["kind"] for event in history].count("promoted") == len(versions)
+
+
+async def test_renamed_arms_of_a_draft(admin: AsyncClient, call: Call, spec: Body) -> None:
+    await call(admin, "POST", "experiments", spec | {"control": "plain"}, 201)
+    renamed = [spec["arms"][0] | {"name": "old"}, *spec["arms"][1:]]
+    refused = await call(admin, "PUT", "experiments/tone", spec | {"arms": renamed, "control": "plain"}, 400)
+    assert "control is 'plain'; it must be one of old, listed, nice" in refused["error"]["message"]
+    replaced = await call(admin, "PUT", "experiments/tone", spec | {"arms": renamed})
+    assert replaced["control"] == "old"
+    await call(admin, "POST", "experiments/tone/start", {})
+    await call(admin, "PUT", "experiments/tone", spec, 409)
+    await call(admin, "POST", "experiments/tone/promote", {"arm": "plain", "preset": "x"}, 400)
+
+
 async def test_a_clock_that_is_wrong_moves_no_unit_and_breaks_no_report(
     running: Body, admin: AsyncClient, call: Call, ask: Call, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
