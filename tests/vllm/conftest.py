@@ -94,7 +94,7 @@ def merged_dir(merged_smol, smol_tokenizer, tmp_path_factory: pytest.TempPathFac
 def stock_answers(start, merged_dir: Path, prompts: list[list[int]]) -> list[dict]:
     """What vLLM without any plugin or LoRA says to each prompt on the merged model, one at a time."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(merged_dir), "--served-model-name=merged",
-               "--dtype=float32", f"--max-model-len={CONTEXT}", "--max-num-seqs=8", "--enforce-eager"]  # fmt: skip
+               "--dtype=float32", f"--max-model-len={CONTEXT}", "--max-num-seqs=8"]  # fmt: skip
     with start(command, "merged", {"VLLM_PLUGINS": ""}) as running:
         return [complete(running, prompt, logprobs=5) for prompt in prompts]
 
