@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atoms.model import load_model
+from atoms.model import DTYPES, load_model
 from atoms.projection import Projection, objective, sparse_codes
 from atoms.space import LoRASpace
 from clients.options import quiet_libraries
@@ -57,8 +57,9 @@ from offline.curvature import (
 from offline.dictionary import learn_dictionary
 from offline.evaluation.prompts import demo_data
 from offline.finetune import finetune
-from offline.gradients import gradient_hooks, label_logits, lora_linear, mean_losses, sum_losses
+from offline.gradients import lora_linear, sum_losses
 from offline.models import new_lora, prepare_demo_model
+from offline.passes import quicken
 from offline.pipeline import discover
 from offline.plan import made_up_rows
 from offline.progress import Progress
@@ -79,6 +80,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(str(demo_data("demo_documents"))))
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the gradients' model")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="in ours of the gradients")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--rows-from", type=Path)
     parser.add_argument("--kronfluence", type=Path)
@@ -98,30 +101,55 @@ def main() -> None:
 
 
 def measure_gradients(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Both ways over the same documents, in turns; and the passes of the model alone, which no way can do without."""
-    model, space, documents = lora_model(options)
-    projection = some_projection(model, space, documents[:16])
+    """Both ways over the same documents, in turns; and the products of the passes alone, at the speed of a large one, which no
+    way can do without. Each runs the model as it would: ours quickened, as a discovery does, the other as it was loaded."""
+    dtype = DTYPES[options.dtype]
+    quick, space, documents = lora_model(options, dtype)
+    quicken(quick.get_base_model())
+    plain, _, _ = lora_model(options, dtype)
+    projection = some_projection(quick, space, documents[:16])
+    for tensor in space.tensors:
+        lora_linear(plain, tensor.key).weight.requires_grad_(True)
+    one_by_one(plain, space, documents[:1])  # starts threads and fills caches; ours has made its projection
+    limit = options.batch_tokens
     rows: list[dict[str, object]] = []
     for turn in range(options.rounds):
         mine = documents[turn * options.documents : (turn + 1) * options.documents]
         with tempfile.TemporaryDirectory() as folder:
-            model.requires_grad_(False)
             renumbered = [replace(document, row=n) for n, document in enumerate(mine)]
-            _, ours = timed(lambda f=folder, d=renumbered: write_rows(model, projection, d, 1024, Path(f), QUIET))
-            found = RowStore(Path(folder)).uncentred(range(len(mine)))
-        _, passes = timed(lambda d=mine: passes_alone(model, space, d))
-        for tensor in space.tensors:
-            lora_linear(model, tensor.key).weight.requires_grad_(True)
-        matrix, theirs = timed(lambda d=mine: one_by_one(model, space, d))
+            out = Path(folder)
+            _, ours = timed(lambda d=renumbered, f=out: write_rows(quick, projection, d, limit, f, QUIET))
+            found = RowStore(out).uncentred(range(len(mine)))
+        matrix, theirs = timed(lambda d=mine: one_by_one(plain, space, d))
         expected = torch.stack([projection.project(space.unflatten(gradient)) for gradient in matrix])
         rows.append({
-            "turn": turn + 1, "documents": len(mine), "tokens": sum(map(len, mine)),
-            "ours documents/s": len(mine) / ours, "one by one documents/s": len(mine) / theirs,
-            "ratio": theirs / ours, "the model's passes alone": passes / ours,
+            "turn": turn + 1, "dtype": options.dtype, "documents": len(mine), "tokens": sum(map(len, mine)),
+            "ours documents/s": len(mine) / ours, "one by one documents/s": len(mine) / theirs, "ratio": theirs / ours,
+            "products alone documents/s": len(mine) / (pass_operations(quick, mine) / product_rate(dtype)),
             "least cosine of rows": float(torch.cosine_similarity(found, expected).min()),
         })  # fmt: skip
         print(table(rows[-1:]), flush=True)
     return rows
+
+
+def pass_operations(model, documents: Sequence[EncodedDocument]) -> float:
+    """Operations of all products with the frozen weights, forward and backward: of every token, in the head of labels."""
+    head = model.get_output_embeddings().weight.numel()
+    linears = sum(
+        module.weight.numel() for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and ".lora_" not in name
+    )  # fmt: skip
+    labels = sum(len(document.response_ids) for document in documents)
+    return 4.0 * ((linears - head) * sum(map(len, documents)) + head * labels)
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations a second of one large product by oneDNN: what this CPU has to give."""
+    x, weight = torch.randn(1024, 1536, dtype=dtype), torch.randn(1536, 1536, dtype=dtype)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    multiply(x, weight, None, "none", [], "")
+    seconds = min(timed(lambda: multiply(x, weight, None, "none", [], ""))[1] for _ in range(20))
+    return 2.0 * x.shape[0] * weight.numel() / seconds
 
 
 def one_by_one(model, space: LoRASpace, documents: Sequence[EncodedDocument]) -> Tensor:
@@ -135,14 +163,6 @@ def one_by_one(model, space: LoRASpace, documents: Sequence[EncodedDocument]) ->
         model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
         matrix[n] = space.flatten({t.key: lora_linear(model, t.key).weight.grad for t in space.tensors})
     return matrix
-
-
-def passes_alone(model, space: LoRASpace, documents: Sequence[EncodedDocument]) -> None:
-    """The forward and backward passes of our batches, with nothing done in the hooks."""
-    with gradient_hooks(model, space, lambda *_: None):
-        for group in plan_batches(documents, 1024):
-            batch = collate(group)
-            mean_losses(label_logits(model, batch), batch).sum().backward()
 
 
 def measure_dictionary(options: argparse.Namespace) -> list[dict[str, object]]:
@@ -379,9 +399,11 @@ def anonymous_kib(pid: int) -> int:
     return 0
 
 
-def lora_model(options: argparse.Namespace) -> tuple[Any, LoRASpace, list[EncodedDocument]]:
-    """(the model in float32 with a LoRA of random A and B, its space, documents for all rounds)."""
-    base, tokenizer = load_model(str(options.model), torch.float32, torch.device("cpu"))
+def lora_model(
+    options: argparse.Namespace, dtype: torch.dtype = torch.float32
+) -> tuple[Any, LoRASpace, list[EncodedDocument]]:
+    """(the model with a LoRA of random A and B in float32, its space, documents for all rounds)."""
+    base, tokenizer = load_model(str(options.model), dtype, torch.device("cpu"))
     model, space = new_lora(base, FinetuneConfig(), SEED)
     generator = torch.Generator().manual_seed(SEED)
     for tensor in space.tensors:
@@ -411,7 +433,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def machine() -> str:
-    return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, float32"
+    return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
