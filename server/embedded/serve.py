@@ -18,6 +18,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ def serve(config: ServeConfig) -> None:
 
     Raises ConfigError (a port that is taken, first of all), and what `load_package` raises.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; else idle threads spin, see the engine
+    set_up_threads()
     config = config.with_environment(os.environ)
     set_up_logging(config.log_format)
     with ExitStack() as stack:
@@ -76,6 +77,17 @@ def serve(config: ServeConfig) -> None:
         greeting = f"atomsteer serves {name!r} ({len(manifest.atoms)} atoms) on {_url(listener)}"
         server = draining_server(app, app, traffic, config.shutdown_timeout, greeting, reload=app.reload)
         server.run(sockets=[listener])
+
+
+def set_up_threads() -> None:
+    """Has idle OpenMP threads sleep, so that they do not starve the event loop, but only after some microseconds: a step has
+    hundreds of short parallel parts, and to wake up for each takes a sixth of it. Has no effect once torch is loaded, nor
+    where the operator has set either variable.
+
+    ``ACTIVE`` is needed for that: the count is ignored otherwise as soon as two threads use OpenMP, as a server's do.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ |= {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 def engine_options(config: ServeConfig) -> EngineOptions:
@@ -146,7 +158,7 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(f"cannot listen: {error.strerror or error}; choose another --port") from error
         if self._reload is not None and hasattr(signal, "SIGHUP"):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup, self._reload)
-        print(self._greeting, flush=True)
+        _say(self._greeting)
 
     def _handle_hangup(self, reload: Reload) -> None:
         async def logged() -> None:
@@ -169,6 +181,16 @@ class DrainingServer(uvicorn.Server):
             await asyncio.to_thread(self._engine.close)  # what is left ends with an error event
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _say(line: str) -> None:
+    """Prints `line`. A stdout that takes nothing (a full disk, a closed pipe) is given up, and nothing else."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is buffered must not fail again when the process ends
+        os.close(nowhere)
 
 
 def reserve_port(host: str, port: int) -> socket.socket:

