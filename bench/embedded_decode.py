@@ -1,6 +1,6 @@
 """Throughput of the embedded engine with mixes, without its packed weights, and of `generate` one request at a time.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/embedded_decode.py MODEL [--cells 16x3 16x32 generate] [--rounds 8] [--json FILE]
+    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python bench/embedded_decode.py MODEL [--cells 16x3 generate] [--json FILE]
 
 A cell KxJ has K distinct mixes of J atoms each, all never seen before, over the rows; 0x0 is the engine against itself.
 `steps` compares single decode steps of two batches on one model, 16 mixes of 3 atoms against none, one step of each in

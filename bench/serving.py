@@ -78,7 +78,7 @@ class Bench:
     def _command(self, kind: str, rows: int) -> tuple[list[str], dict[str, str]]:
         args, path = self.args, self.package.path
         if args.host == "embedded":
-            return embedded_server(path, args.model, rows, args.dtype), {"OMP_WAIT_POLICY": "PASSIVE"}
+            return embedded_server(path, args.model, rows, args.dtype), {}
         if kind == "steering":
             return steering_vllm_server(path, args.model, rows, args.dtype), {}
         merged = merged_model(self.package, args.model, args.out / "merged")

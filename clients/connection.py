@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -68,13 +67,14 @@ def _running(server: str, key: str | None) -> Connection:
 
 @contextmanager
 def _in_process(package: Path, options: EngineOptions | None) -> Iterator[Connection]:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; see server/embedded/engine.py
     import uvicorn
 
+    from server.embedded.serve import reserve_port, set_up_threads
+
+    set_up_threads()  # before torch is loaded, which comes with what follows
     from server.config import ServeConfig
     from server.embedded.app import create_app
     from server.embedded.load import EngineOptions, load_package
-    from server.embedded.serve import reserve_port
 
     key = secrets.token_urlsafe()
     with reserve_port("127.0.0.1", 0) as listener:

@@ -7,9 +7,8 @@ Knows queues, threads and limits; the model's work is `server.embedded.batcher`'
     3 batcher.step()          composes the mix, prefills, decodes; deltas go to the job's sink worker thread
     4 stream() / generate()   takes deltas from the sink; leaving early cancels the job        caller's thread
 
-Only the worker touches the model. When there is nothing to do it sleeps on a condition variable; set
-``OMP_WAIT_POLICY=PASSIVE`` before the process starts, or OpenMP's own threads keep spinning between steps and starve
-the event loop.
+Only the worker touches the model. When there is nothing to do it sleeps on a condition variable. OpenMP's
+own threads must sleep too, or they starve the event loop: `server.embedded.serve.set_up_threads`, before torch loads.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ class GrammarCompiler:
 
         matcher = LLMatcher(self._ll_tokenizer(), _source(grammar), log_level=0, limits=_limits())
         _raise_error_of(matcher)
+        matcher.compute_bitmask()  # some grammars, such as one that only refers to itself, fail at their first token
+        _raise_error_of(matcher)
         return matcher
 
     def _ll_tokenizer(self) -> LLTokenizer:
