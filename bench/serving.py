@@ -50,7 +50,7 @@ CELLS = {
     "vllm": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "stock16", "stock4", "disk", "ttft"),
 }
 FIRST_TOKENS = ("unsteered", "warm", "new")
-_PAIRS, _FIRSTS = 8, 30
+_FIRSTS = 30
 _VLLM_ROWS = 256
 
 
@@ -184,7 +184,7 @@ def measure(args: argparse.Namespace) -> None:
                     "package": Package.read(args.package).manifest.name, "dtype": args.dtype}  # fmt: skip
         warmed = set()
         while time.monotonic() < end:
-            counts = {cell: len(results["cells"].get(cell, [])) / (_FIRSTS if cell == "ttft" else _PAIRS)
+            counts = {cell: len(results["cells"].get(cell, [])) / (_FIRSTS if cell == "ttft" else args.pairs)
                       for cell in args.cells or CELLS[args.host]}  # fmt: skip
             cell = min(counts, key=lambda name: counts[name])
             if counts[cell] >= 1:
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", nargs="+", metavar="CELL", help="only these; any KxJ")
     parser.add_argument("--seconds", type=float, default=220)
+    parser.add_argument("--pairs", type=int, default=8, help="of a cell, after which it has enough")
     parser.add_argument("--bank", type=int, default=32, help="atoms in the package that is served")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--show", action="store_true", help="print the tables of what has been measured")
