@@ -1,6 +1,6 @@
 """What a long prompt does to an answer that is running, on the embedded engine: milliseconds between its tokens.
 
-    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python bench/long_prompt.py MODEL [--prompt 4000] [--chunks 512 2048 32768]
+    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python -m bench.long_prompt MODEL [--prompt 4000] [--chunks 512 2048 32768]
 
 A chunk is `prefill_tokens_per_step`; a quarter of it is read between two tokens of a running answer. The largest one shows
 a prompt that is read at once. Each chunk has an engine of its own on the same model.

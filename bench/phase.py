@@ -1,6 +1,6 @@
 """What phase "decode" costs in effect and saves in time, on the embedded engine.
 
-    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python bench/phase.py PKG MODEL [--coefficient 2] [--prompts 24] [--json FILE]
+    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python -m bench.phase PKG MODEL [--coefficient 2] [--prompts 24] [--json FILE]
 
 Effect: for each named atom, the share of greedy answers to neutral prompts in which the atom's detector finds the behaviour,
 unsteered and steered in both phases, and the mean KL(unsteered || steered) of the first token, which phase "decode" sees
