@@ -1,14 +1,17 @@
 """What makes atoms good: one change at a time, on the same gradients, judged by the same scorer.
 
     python -m bench.study_gradients --model DIR --adapter DIR --data FILE.jsonl --work DIR [--limit N]   # once: the gradients
-    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--atoms K] [--only NAME,…] [--seeds 2] [--json FILE]
+    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--atoms K] [--only NAME,…] [--seeds 2]
+                           [--packaged] [--json FILE]
 
 Scorer, for every setting and every other way of grouping documents: the top 20 documents of an atom (at least 8), raw
 coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed; directions are compared as the gradients that
 they stand for, with the whitening across matrices undone. Shown are the distinct atoms of raw coherence
 above 0.1; how many task types have an atom with at least 80% and 60% of one type among its top documents; the same for the
 half of the types on which settings may be chosen ("chosen on"); and the share of the kept atoms found again (|cos| > 0.8) in
-both of two random halves of the documents. Means over seeds. Task labels (`task` of each line) are read here only.
+both of two random halves of the documents. With --packaged also how many atoms a discovery would package and the share of
+those that is found again so; that takes another dictionary. Means over seeds. Task labels (`task` of each line) are read
+here only.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ from torch import Tensor
 from atoms.projection import MatrixBasis
 from atoms.space import natural_key
 from atoms.storage import write_tensors
-from offline.config import RECIPES, CurvatureConfig, DictionaryConfig, WhiteningConfig
+from offline.config import RECIPES, CurvatureConfig, DictionaryConfig, SelectConfig, WhiteningConfig
 from offline.corpus import read_corpus
 from offline.curvature import factors_from_tensors, kronecker_eigenvalues
 from offline.dictionary import default_atoms, encode, learn_dictionary
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
-from offline.select import coherence, stability
+from offline.select import candidates, coherence, select, stability
 from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
@@ -63,7 +66,7 @@ def settings(atoms: int) -> dict[str, Setting]:
     return {
         "default": Setting(),
         "paper": Setting(paper["curvature"], paper["whitening"], paper["dictionary"]),
-        "paper, our learner": Setting(paper["curvature"], paper["whitening"], {"nonnegative": False}),
+        "paper with our learner": Setting(paper["curvature"], paper["whitening"], {"nonnegative": False}),
         "λ of the factors (K-FAC)": Setting({"eigenvalues": "kronecker"}),
         "λ of real labels": Setting(empirical=True),
         **{f"damping {d}": Setting({"damping": d}) for d in (0.001, 0.01, 1.0, 10.0)},
@@ -100,6 +103,10 @@ class Gradients:
         self.factors = factors_from_tensors(load_file(work / "factors.safetensors"), self.keys)
         self.fisher = load_file(work / "eigenvalues.safetensors")
 
+    def lengths(self) -> list[int]:
+        """Label tokens of every document."""
+        return [int(count) for path in self.shards for count in load_file(path)["tokens"]]
+
     def parts(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """(key, gradients (n, o, i) float32) of one shard, of unit length over all keys."""
         with safe_open(path, framework="pt") as file:
@@ -117,8 +124,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--atoms", type=int, help="size of the dictionary; default: the discovery's")
-    parser.add_argument("--only", help="names of settings, comma separated")
+    parser.add_argument("--only", help="names of settings, comma separated; others: k-means and the like")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--packaged", action="store_true", help="also select atoms as a discovery does")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     gradients = Gradients(options.work, options.limit)
@@ -135,8 +143,10 @@ def main() -> None:
     for name, setting in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
             rows = projected(gradients, setting, Path(folder))
-            results.append(show(name, average([judge(rows, setting, atoms, tasks, s) for s in range(options.seeds)])))
-            if name == "default" and not options.only:
+            lengths = gradients.lengths() if options.packaged else None
+            judged = [judge(rows, setting, atoms, tasks, seed, lengths) for seed in range(options.seeds)]
+            results.append(show(name, average(judged)))
+            if name == "default" and (not options.only or "others" in options.only.split(",")):
                 texts = [f"{d.prompt}\n{d.response}" for d in documents]
                 for other, group in others(rows, texts, atoms).items():
                     judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
@@ -191,8 +201,11 @@ def empirical_eigenvalues(gradients: Gradients, keys: Sequence[str]) -> dict[str
     return found
 
 
-def judge(store: RowStore, setting: Setting, atoms: int, tasks: Sequence[str], seed: int) -> dict[str, float]:
-    """Learns a dictionary with `seed`, and two of the halves, and rates it."""
+def judge(
+    store: RowStore, setting: Setting, atoms: int, tasks: Sequence[str], seed: int, lengths: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Learns a dictionary with `seed`, and two of the halves, and rates it; with `lengths` of the documents also what a
+    discovery would package of it."""
     config = DictionaryConfig(**{"atoms": atoms, **setting.dictionary})
     everyone = list(range(len(store)))
     learned = learn_dictionary(store, everyone, config, seed, QUIET)
@@ -203,7 +216,16 @@ def judge(store: RowStore, setting: Setting, atoms: int, tasks: Sequence[str], s
     for half in (order[: len(order) // 2], order[len(order) // 2 :]):
         other = learn_dictionary(store, sorted(half), config, seed, QUIET).atoms
         found_again &= stability(directions, as_gradients(store, other)) > MATCHED
-    return rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
+    rated = rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
+    if lengths is not None:
+        second = learn_dictionary(store, everyone, config, seed + 1, QUIET).atoms
+        found = candidates(store, torch.tensor(everyone), codes, lengths, SelectConfig(), seed)
+        chosen = select(found, directions, stability(learned.atoms, second), SelectConfig())
+        rated |= {
+            "packaged": len(chosen),
+            "packaged_halves": float(found_again[[c.atom for c in chosen]].float().mean()),
+        }
+    return rated
 
 
 def as_gradients(store: RowStore, atoms: Tensor) -> Tensor:
@@ -295,8 +317,9 @@ def average(judged: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def show(name: str, row: dict[str, float]) -> dict[str, Any]:
     chosen = f"{row['chosen_80']:.1f}/{row['chosen_60']:.1f}"
+    packaged = f"{row['packaged']:>6.1f}{row['packaged_halves']:>5.0%}" if "packaged" in row else ""
     print(f"{name:<30}{row['K']:>5.0f}{row['coherent']:>9.1f}{row['kept']:>6.1f}{row['types_80']:>7.1f}{row['types_60']:>7.1f}"
-          f"{chosen:>11}{row['halves']:>8.0%}{row['codes']:>7.1f}", flush=True)  # fmt: skip
+          f"{chosen:>11}{row['halves']:>8.0%}{row['codes']:>7.1f}{packaged}", flush=True)  # fmt: skip
     return {"setting": name, **row}
 
 

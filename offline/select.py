@@ -23,6 +23,8 @@ from offline.corpus import Document
 from offline.rows import RowStore
 
 _NULL_SETS = 64
+_POOL_BLOCK = 128
+"""Vectors of random sets that are read at once: what their sums need does not grow with the corpus."""
 _LENGTH_BINS = 8
 _PRIOR_WEIGHT = 200.0
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]", re.UNICODE)
@@ -172,8 +174,13 @@ def _coherence_z(
     value = coherence(load(members), signs)
     sets = null.draw(members, _NULL_SETS)
     pool = sorted({document for one in sets for document in one})
-    vectors, place = load(pool), {document: i for i, document in enumerate(pool)}
-    ones = torch.ones(len(members))
-    values = torch.tensor([coherence(vectors[[place[d] for d in one]], ones[: len(one)]) for one in sets])
+    membership = torch.tensor([[float(document in one) for document in pool] for one in map(set, sets)])
+    summed, squares = torch.zeros(()), torch.zeros(len(sets))
+    for start in range(0, len(pool), _POOL_BLOCK):
+        vectors, within = load(pool[start : start + _POOL_BLOCK]), membership[:, start : start + _POOL_BLOCK]
+        summed = summed + within @ vectors
+        squares += within @ vectors.square().sum(1)
+    sizes = membership.sum(1)
+    values = (summed.square().sum(1) - squares) / (sizes * (sizes - 1))
     mean, deviation = float(values.mean()), float(values.std())
     return value, (value - mean) / max(deviation, 1e-9), (mean, deviation)
