@@ -48,6 +48,16 @@ class Server:
         assert found, name
         return float(found[1])
 
+    def given_up(self) -> int:
+        """Requests whose client has hung up before their end."""
+        counts = re.findall(r'atomsteer_requests_total\{.*status="499"\} (\S+)', httpx.get(f"{self.url}/metrics").text)
+        return sum(int(float(count)) for count in counts)
+
+    def open_files(self) -> int:
+        """Sockets are among them; 0 where the system does not tell."""
+        files = Path(f"/proc/{self.process.pid}/fd")
+        return len(list(files.iterdir())) if files.exists() else 0
+
     def memory(self) -> int:
         """Resident KiB; 0 where the system does not tell."""
         status = Path(f"/proc/{self.process.pid}/status")
@@ -77,7 +87,7 @@ def drawn(package: Package, number: int) -> dict[str, Any]:
     ids = [card.id for card in package.manifest.atoms]
     atoms = {atom: round(draw.uniform(-3, 3), 2) for atom in draw.sample(ids, draw.randrange(len(ids) + 1))}
     return {
-        "model": package.manifest.name, "max_tokens": draw.randrange(1, 9), "temperature": 0, "logprobs": True,
+        "model": package.manifest.name, "max_tokens": draw.randrange(1, 25), "temperature": 0, "logprobs": True,
         "top_logprobs": 2, "steering": {"atoms": atoms, "phase": draw.choice(["all", "all", "decode"])},
         "messages": [{"role": "user", "content": draw.choice(QUESTIONS)}],
     }  # fmt: skip
@@ -121,7 +131,25 @@ async def under_load(server: Server, package: Package) -> tuple[dict[int, list[d
     return answers, memory
 
 
+async def assert_nothing_leaked(server: Server, package: Package, files: int) -> None:
+    """Nothing runs or waits, as many sequences as there are slots still run at once, and no connection is held: `files`
+    were open before there was any."""
+    assert (server.metric("vllm:num_requests_running"), server.metric("vllm:num_requests_waiting")) == (0, 0)
+    assert server.open_files() < files + CLIENTS // 4
+    body = drawn(package, 0) | {"max_tokens": 400, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=server.url, timeout=600) as client:
+        asking = [asyncio.create_task(answered(client, body)) for _ in range(SLOTS)]
+        async with asyncio.timeout(120):
+            while server.metric("vllm:num_requests_running") < SLOTS:
+                await asyncio.sleep(0.02)
+            for task in asking:
+                task.cancel()
+            while server.metric("vllm:num_requests_running"):
+                await asyncio.sleep(0.02)
+
+
 async def test_every_answer_is_the_one_that_it_is_alone(server: Server, real_package: Package) -> None:
+    files = server.open_files()
     answers, memory = await under_load(server, real_package)
     assert len(answers) == sum(number % 10 != 7 for number in range(REQUESTS))
     chosen = random.Random(1).sample(sorted(answers), COMPARED)
@@ -137,11 +165,10 @@ async def test_every_answer_is_the_one_that_it_is_alone(server: Server, real_pac
                 parted += [(number, place, best - second)] if best - second > NEAR_TIE else []
             else:
                 assert len(alone) == len(answers[number]), number
-    print(
-        f"{COMPARED} of {REQUESTS} compared, {near_ties} parted at near-ties; memory {sorted(memory)[:1]} to {memory[-1:]} KiB"
-    )
+    print(f"{REQUESTS} requests, {server.given_up()} given up; {COMPARED} compared, {len(parted)} differ, {near_ties} parted at "
+          f"near-ties; memory from half-way on {min(memory)} to {max(memory)} KiB, at last {memory[-1]}")  # fmt: skip
     assert not parted
-    assert (server.metric("vllm:num_requests_running"), server.metric("vllm:num_requests_waiting")) == (0, 0)
+    await assert_nothing_leaked(server, real_package, files)
     if REQUESTS >= 1000 and all(memory):
         middle = statistics.median(memory)
         assert all(abs(value / middle - 1) <= 0.02 for value in memory), (
