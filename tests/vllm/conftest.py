@@ -49,11 +49,11 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """`with start(command, name, **environment) as running`: ends when it answers /health, and stops it with SIGTERM."""
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """`with launch(command, name, **environment) as running`: a server that may not answer yet; stops it with SIGTERM."""
 
     @contextmanager
-    def started(command: list[str], name: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
+    def launched(command: list[str], name: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
         log = tmp_path_factory.mktemp("vllm") / "log"
         port = _free_port()
         variables = {
@@ -62,13 +62,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable:
             "VLLM_NO_USAGE_STATS": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        at = command.index("--") if "--" in command else len(command)
         with log.open("wb") as output:
-            process = subprocess.Popen([*command, f"--port={port}"], stdout=output, stderr=subprocess.STDOUT,
-                                       env=os.environ | variables | (environment or {}), start_new_session=True)  # fmt: skip
-        running = Running(f"http://127.0.0.1:{port}", name, process, log)
+            process = subprocess.Popen([*command[:at], f"--port={port}", *command[at:]], stdout=output,
+                                       stderr=subprocess.STDOUT, env=os.environ | variables | (environment or {}),
+                                       start_new_session=True)  # fmt: skip
         try:
-            _wait_until_healthy(running)
-            yield running
+            yield Running(f"http://127.0.0.1:{port}", name, process, log)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -77,6 +77,19 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable:
             finally:
                 for left in members(process.pid):
                     os.kill(left, signal.SIGKILL)
+
+    return launched
+
+
+@pytest.fixture(scope="session")
+def start(launch) -> Callable:
+    """`with start(command, name, **environment) as running`: as `launch`, once the server answers /health."""
+
+    @contextmanager
+    def started(command: list[str], name: str, environment: dict[str, str] | None = None) -> Iterator[Running]:
+        with launch(command, name, environment) as running:
+            _wait_until_healthy(running)
+            yield running
 
     return started
 
@@ -100,17 +113,24 @@ def stock_answers(start, merged_dir: Path, prompts: list[list[int]]) -> list[dic
 
 
 @pytest.fixture(scope="session")
-def server(
-    start, real_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    """`atomsteer serve --engine vllm`."""
+def command(real_package: Package, smol_path: Path) -> Callable[..., list[str]]:
+    """`command(*options)`: `atomsteer serve --engine vllm`."""
+
+    def command_with(*options: str) -> list[str]:
+        return [sys.executable, "-m", "clients.cli", "serve", "--engine", "vllm", "--package", str(real_package.path),
+                "--model", str(smol_path), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16",
+                *options]  # fmt: skip
+
+    return command_with
+
+
+@pytest.fixture(scope="session")
+def server(start, command, real_package: Package, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     atom = real_package.manifest.atoms[0].id
-    command = [sys.executable, "-m", "clients.cli", "serve", "--engine", "vllm", "--package", str(real_package.path),
-               "--model", str(smol_path), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs", "16",
-               "--admin-key", ADMIN_KEY, "--shutdown-timeout", "8", "--preset", f"strong={atom}=3",
-               "--database", f"sqlite:///{tmp_path_factory.mktemp('state')}/state.db", "--measured-kl-share", "1",
-               "--measured-kl-tokens", "1000000"]  # fmt: skip
-    with start(command, real_package.manifest.name) as running:
+    options = command("--admin-key", ADMIN_KEY, "--shutdown-timeout", "8", "--preset", f"strong={atom}=3",
+                      "--database", f"sqlite:///{tmp_path_factory.mktemp('state')}/state.db", "--measured-kl-share", "1",
+                      "--measured-kl-tokens", "1000000")  # fmt: skip
+    with start(options, real_package.manifest.name) as running:
         yield running
 
 

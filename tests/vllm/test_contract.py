@@ -184,6 +184,23 @@ def test_handlers_ask_the_models_for_names_and_the_engine_for_tokens(upstream) -
     assert set(parameters(upstream.BaseModelPath)) >= {"name", "model_path"}
 
 
+def test_a_start_waits_for_its_engines_where_interrupts_are_dropped(upstream) -> None:
+    waiting = inspect.getsource(upstream.engine_utils.launch_core_engines)
+    assert "with zmq_socket_ctx(" in waiting and waiting.index("zmq_socket_ctx(") < waiting.index("wait_for_engine_startup")
+    from vllm.entrypoints.launchers.api_server import entry
+    from vllm.utils.network_utils import zmq_socket_ctx
+
+    assert "except KeyboardInterrupt:\n        logger" in inspect.getsource(zmq_socket_ctx), "lifetime.py is not needed"
+    assert "signal.signal(signal.SIGTERM, _interrupt_init)" in inspect.getsource(entry.run_server)
+
+
+def test_a_dead_engine_is_shut_down_where_the_server_ends() -> None:
+    from vllm.entrypoints.launchers.api_server import entry
+
+    source = inspect.getsource(entry.build_async_engine_client_from_engine_args)
+    assert "finally:\n        if async_llm:\n            async_llm.shutdown(" in source
+
+
 def test_our_endpoint_is_one_that_vllm_accepts() -> None:
     from importlib.metadata import entry_points
 
