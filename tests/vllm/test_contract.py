@@ -186,7 +186,9 @@ def test_handlers_ask_the_models_for_names_and_the_engine_for_tokens(upstream) -
 
 def test_a_start_waits_for_its_engines_where_interrupts_are_dropped(upstream) -> None:
     waiting = inspect.getsource(upstream.engine_utils.launch_core_engines)
-    assert "with zmq_socket_ctx(" in waiting and waiting.index("zmq_socket_ctx(") < waiting.index("wait_for_engine_startup")
+    assert "with zmq_socket_ctx(" in waiting and waiting.index("zmq_socket_ctx(") < waiting.index(
+        "wait_for_engine_startup"
+    )
     from vllm.entrypoints.launchers.api_server import entry
     from vllm.utils.network_utils import zmq_socket_ctx
 

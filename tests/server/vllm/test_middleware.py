@@ -257,17 +257,19 @@ async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
 
 
 class _Engine:
-    """Notes the LoRA requests it is given."""
+    """Notes the LoRA requests it is given, and how it was shut down."""
 
     def __init__(self) -> None:
         self.given: list[Any] = []
+        self.errored, self.shut_down = False, 0
 
     def generate(self, *_args: Any, lora_request: Any = None) -> str:
         self.given.append(lora_request)
         return "outputs"
 
-    def shutdown(self, timeout: float | None = None) -> float | None:
-        return timeout
+    def shutdown(self, timeout: float | None = None) -> None:
+        self.errored = True  # as vLLM's is from then on
+        self.shut_down += 1
 
 
 def test_models_are_known_by_name_and_preset(package: Package, config: ServeConfig, monkeypatch) -> None:
@@ -287,5 +289,19 @@ async def test_the_engine_gets_no_adapter_outside_a_call_and_says_when_it_drains
     engine, traffic, stopped = _Engine(), Traffic(), asyncio.Event()
     steer_engine(engine, MixIdentities(), traffic, stopped)
     assert engine.generate("prompt") == "outputs" and engine.given == [None]
-    assert await asyncio.to_thread(engine.shutdown, timeout=3) == 3
+    await asyncio.to_thread(engine.shutdown, timeout=3)
     assert traffic.draining and await asyncio.wait_for(stopped.wait(), 1)
+    engine.shutdown(timeout=3)
+    assert engine.shut_down == 2
+
+
+async def test_an_engine_that_has_died_is_shut_down_and_ends_the_process_with_an_error(monkeypatch) -> None:
+    from server.vllm.identity import MixIdentities
+
+    monkeypatch.setitem(__import__("sys").modules, "server.vllm.upstream", SimpleNamespace(LoRARequest=SimpleNamespace))
+    engine, traffic, stopped = _Engine(), Traffic(), asyncio.Event()
+    steer_engine(engine, MixIdentities(), traffic, stopped)
+    engine.errored = True
+    with pytest.raises(SystemExit, match="the engine has died"):
+        engine.shutdown(timeout=3)
+    assert engine.shut_down == 1 and traffic.draining and await asyncio.wait_for(stopped.wait(), 1)
