@@ -106,7 +106,7 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
         **{f"dictionary, {ITERATIONS} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
         "atoms, AᵀX and their copies in memory": f"{16 * count * dim / 2**30:,.1f} GiB",
-        "codes of all documents (selection) in memory": f"{4 * documents * count / 2**30:,.0f} GiB",
+        "codes of all documents (selection) in memory": f"{documents * (12 * USED + 8) / 2**30:,.2f} GiB",
         f"drift matrix of {options.kept} atoms": f"{2 * options.kept + 1} forward passes a prompt",
     }
 

@@ -209,7 +209,8 @@ def judge(
     config = DictionaryConfig(**{"atoms": atoms, **setting.dictionary})
     everyone = list(range(len(store)))
     learned = learn_dictionary(store, everyone, config, seed, QUIET)
-    _, codes = encode(store, everyone, learned.atoms, config)
+    encoded = encode(store, everyone, learned.atoms, config)
+    codes = encoded.to_dense()
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).tolist()
     directions = as_gradients(store, learned.atoms)
     found_again = torch.ones(len(directions), dtype=torch.bool)
@@ -219,7 +220,7 @@ def judge(
     rated = rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
     if lengths is not None:
         second = learn_dictionary(store, everyone, config, seed + 1, QUIET).atoms
-        found = candidates(store, torch.tensor(everyone), codes, lengths, SelectConfig(), seed)
+        found = candidates(store, encoded, lengths, SelectConfig(), seed)
         chosen = select(found, directions, stability(learned.atoms, second), SelectConfig())
         rated |= {
             "packaged": len(chosen),

@@ -35,6 +35,41 @@ class Dictionary:
     duality_gap: float
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Codes of `documents` (n,), ascending, over all atoms, by atom: those of atom j are `places` (in `documents`, ascending)
+    and `values` from `starts[j]` to `starts[j + 1]`. A document uses two or three atoms, so this is some 50 bytes a document
+    whatever the number of atoms."""
+
+    documents: Tensor
+    starts: Tensor  # (K + 1,)
+    places: Tensor
+    values: Tensor
+
+    @classmethod
+    def of_matrix(cls, documents: Tensor, codes: Tensor) -> Codes:
+        """From (n, K), dense or sparse."""
+        by_atom = codes.T.to_sparse().coalesce()
+        atoms, places = by_atom.indices()
+        starts = torch.searchsorted(atoms, torch.arange(codes.shape[1] + 1))
+        return cls(documents, starts, places, by_atom.values())
+
+    @property
+    def atoms(self) -> int:
+        """K."""
+        return len(self.starts) - 1
+
+    def of(self, atom: int) -> tuple[Tensor, Tensor]:
+        """(places in `documents` (m,), codes (m,)) of those that use `atom`."""
+        start, end = self.starts[atom : atom + 2].tolist()
+        return self.places[start:end], self.values[start:end]
+
+    def to_dense(self) -> Tensor:
+        """(n, K)."""
+        atoms = torch.repeat_interleave(torch.arange(self.atoms), self.starts.diff())
+        return torch.zeros(len(self.documents), self.atoms).index_put((self.places, atoms), self.values)
+
+
 @dataclass
 class _Statistics:
     """Sums over rows: AᵀA (K, K), AᵀX (K, D), and (objective, duality gap, rows) in float64; and the K worst-explained rows
@@ -120,15 +155,16 @@ def learn_with_scikit(
     return Dictionary(atoms, (value,), float(coding.gap.double().mean()))
 
 
-def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> tuple[Tensor, Tensor]:
-    """(document numbers (n,), codes (n, K)), both in ascending order of document."""
+def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> Codes:
+    """The codes of `documents` over all `atoms`, in ascending order of document."""
     coder = SparseCoder(atoms)
-    numbers, codes = [], []
+    numbers, found = [], []
     for block, rows in store.blocks(documents):
         numbers.append(block)
-        codes.append(coder.codes(rows, config.alpha, nonnegative=config.nonnegative))
-    order = torch.argsort(torch.cat(numbers))
-    return torch.cat(numbers)[order], torch.cat(codes)[order]
+        found.append(coder.codes(rows, config.alpha, nonnegative=config.nonnegative).to_sparse())
+    unsorted = torch.cat(numbers)
+    order = torch.argsort(unsorted)
+    return Codes.of_matrix(unsorted[order], torch.cat(found).index_select(0, order))
 
 
 def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:

@@ -220,9 +220,9 @@ class Run:
         """The atoms that have support, coherence beyond chance, and are no near-duplicates."""
         dictionary, second = dictionaries
         config = self.config
-        documents, codes = encode(store, self.training, dictionary.atoms, config.dictionary)
+        codes = encode(store, self.training, dictionary.atoms, config.dictionary)
         lengths = [len(document.response_ids) for document in self.encoded.documents]
-        found = candidates(store, documents, codes, lengths, config.select, config.seed)
+        found = candidates(store, codes, lengths, config.select, config.seed)
         stabilities = stability(dictionary.atoms, second)
         gradients = store.whitening.undo(dictionary.atoms, 0.5)
         chosen = select(found, gradients, stabilities, config.select)
@@ -268,13 +268,13 @@ class Run:
         chosen: Sequence[Candidate],
     ) -> None:  # fmt: skip
         config = self.config
-        documents, codes = encode(store, self.held_out, atoms, config.dictionary)
         pending = [candidate for candidate in chosen if not _atom_file(folder, candidate).exists()]
+        held_out = self._held_out_of([candidate.atom for candidate in pending], store, atoms)
         with self.progress.task("calibrate", len(chosen), "atoms", len(chosen) - len(pending)) as bar:
             for candidate in pending:
                 row = store.whitening.undo(atoms[candidate.atom], config.calibrate.exponent)
                 calibrated = calibrate_atom(meter, projection, row, config.calibrate)
-                evidence = self._held_out_of(candidate.atom, documents, codes, store, atoms)
+                evidence = held_out[candidate.atom]
                 oriented = orient(meter, calibrated, evidence, config.batch_tokens) if evidence else None
                 write_calibrated(_atom_file(folder, candidate), oriented)
                 bar.advance()
@@ -359,14 +359,22 @@ class Run:
         batches = make_batches(documents, self.config.batch_tokens, self.device)
         return DriftMeter(SteeredModel(model, adapter.space, 1), adapter, config.composition, batches)
 
-    def _held_out_of(
-        self, atom: int, documents: Tensor, codes: Tensor, store: RowStore, atoms: Tensor
-    ) -> list[EncodedDocument]:
-        """The atom's held-out documents: largest codes first, then largest positive cosines."""
-        cosine = store.rows(documents.tolist()) @ atoms[atom]
-        score = codes[:, atom].abs() + 1e-3 * cosine
-        order = torch.argsort(score, descending=True, stable=True)[: self.config.calibrate.orientation_documents]
-        return [self.encoded.documents[int(documents[i])] for i in order if cosine[i] > 0]
+    def _held_out_of(self, chosen: Sequence[int], store: RowStore, atoms: Tensor) -> dict[int, list[EncodedDocument]]:
+        """The held-out documents of each of the `chosen` atoms: largest codes first, then largest positive cosines."""
+        codes = encode(store, self.held_out, atoms, self.config.dictionary)
+        numbers, cosines = [], []
+        for block, rows in store.blocks(self.held_out):
+            numbers.append(block)
+            cosines.append(rows @ atoms[list(chosen)].T)
+        cosine = torch.cat(cosines)[torch.argsort(torch.cat(numbers))]  # (n, chosen), in the order of the codes
+        found = {}
+        for column, atom in enumerate(chosen):
+            places, values = codes.of(atom)
+            score = 1e-3 * cosine[:, column]
+            score[places] += values.abs()
+            order = torch.argsort(score, descending=True, stable=True)[: self.config.calibrate.orientation_documents]
+            found[atom] = [self.encoded.documents[int(codes.documents[i])] for i in order if cosine[i, column] > 0]
+        return found
 
     def _sample(self, count: int, offset: int) -> list[EncodedDocument]:
         return sample_documents(self.encoded.documents, count, self.config.seed + offset)

@@ -20,6 +20,7 @@ from torch import Tensor
 from atoms.manifest import Coherence
 from offline.config import SelectConfig
 from offline.corpus import Document
+from offline.dictionary import Codes
 from offline.rows import RowStore
 
 _NULL_SETS = 64
@@ -49,30 +50,30 @@ class Sparsity:
     codes_per_document: Tensor
 
     @classmethod
-    def of(cls, codes: Tensor) -> Sparsity:
-        """Counts the non-zero codes (n, K)."""
-        used = codes != 0
-        return cls(used.sum(0).int(), torch.bincount(used.sum(1)).int())
+    def of(cls, codes: Codes) -> Sparsity:
+        """Counts the non-zero codes."""
+        per_document = torch.bincount(codes.places, minlength=len(codes.documents))
+        return cls(codes.starts.diff().int(), torch.bincount(per_document).int())
 
 
 def candidates(
-    store: RowStore, documents: Tensor, codes: Tensor, lengths: Sequence[int], config: SelectConfig, seed: int
+    store: RowStore, codes: Codes, lengths: Sequence[int], config: SelectConfig, seed: int
 ) -> list[Candidate]:
-    """All atoms with enough support, with coherence. documents (n,), codes (n, K); lengths: T of every document."""
-    null = LengthMatchedSets(documents.tolist(), lengths, seed)
+    """All atoms with enough support, with coherence. lengths: T of every document of the corpus."""
+    null = LengthMatchedSets(codes.documents.tolist(), lengths, seed)
     found = []
-    for atom in range(codes.shape[1]):
-        weights = codes[:, atom].abs()
-        support = int((weights > 0).sum())
+    for atom in range(codes.atoms):
+        places, values = codes.of(atom)
+        support = len(values)
         if support < config.min_documents:
             continue
-        top = torch.argsort(weights, descending=True, stable=True)[: min(config.top_documents, support)]
-        members = documents[top].tolist()
-        signs = codes[top, atom].sign() if config.sign_aligned else torch.ones(len(top))
+        top = torch.argsort(values.abs(), descending=True, stable=True)[: config.top_documents]
+        members, strongest = codes.documents[places[top]].tolist(), values[top]
+        signs = strongest.sign() if config.sign_aligned else torch.ones(len(top))
         raw, raw_z, raw_null = _coherence_z(store.sketches, members, signs, null)
         whitened, whitened_z, _ = _coherence_z(store.rows, members, signs, null)
         measured = Coherence(raw=raw, raw_z=raw_z, whitened=whitened, whitened_z=whitened_z, raw_null=raw_null)
-        found.append(Candidate(atom, support, tuple(members), tuple(codes[top, atom].tolist()), measured))
+        found.append(Candidate(atom, support, tuple(members), tuple(strongest.tolist()), measured))
     return found
 
 

@@ -82,8 +82,8 @@ def test_scikit_learn_is_not_better_at_the_same_objective(store: RowStore) -> No
 
 def test_dead_atoms_are_revived(store: RowStore) -> None:
     learned = learn(store, atoms=8, alpha=0.3)
-    _, codes = encode(store, range(len(store)), learned.atoms, DictionaryConfig(atoms=8, alpha=0.3))
-    assert ((codes > 0).sum(0) > 0).all(), "an atom that no row uses was left in the dictionary"
+    codes = encode(store, range(len(store)), learned.atoms, DictionaryConfig(atoms=8, alpha=0.3))
+    assert all(len(codes.of(atom)[0]) for atom in range(8)), "an atom that no row uses was left in the dictionary"
 
 
 def test_one_update_never_raises_the_objective_and_leaves_unused_atoms() -> None:
@@ -100,10 +100,14 @@ def test_one_update_never_raises_the_objective_and_leaves_unused_atoms() -> None
 def test_codes_come_in_order_of_documents_and_only_for_those_asked(store: RowStore) -> None:
     atoms = learn(store).atoms
     config = DictionaryConfig(atoms=8, alpha=ALPHA)
-    documents, codes = encode(store, [70, 3, 41, 8], atoms, config)
-    assert documents.tolist() == [3, 8, 41, 70]
+    codes = encode(store, [70, 3, 41, 8], atoms, config)
+    assert codes.documents.tolist() == [3, 8, 41, 70]
     expected = sparse_codes(store.rows([3, 8, 41, 70]), atoms, ALPHA, nonnegative=True)
-    assert torch.allclose(codes, expected, atol=1e-4)
+    assert torch.allclose(codes.to_dense(), expected, atol=1e-4)
+    for atom in range(codes.atoms):
+        places, values = codes.of(atom)
+        assert places.tolist() == expected[:, atom].nonzero().flatten().tolist()
+        assert torch.allclose(values, expected[places, atom], atol=1e-4)
 
 
 def test_the_default_size_follows_the_corpus() -> None:

@@ -13,6 +13,7 @@ from atoms.projection import RowWhitening
 from atoms.storage import write_tensors
 from offline.config import SelectConfig
 from offline.corpus import Document
+from offline.dictionary import Codes
 from offline.rows import RowStore, shard_path
 from offline.select import Candidate, LengthMatchedSets, candidates, coherence, keywords, select, stability
 
@@ -63,7 +64,7 @@ def test_keywords_mark_a_group_and_leave_common_words() -> None:
 
 
 @pytest.fixture
-def grouped(tmp_path: Path) -> tuple[RowStore, torch.Tensor]:
+def grouped(tmp_path: Path) -> tuple[RowStore, Codes]:
     """60 documents; the first 10 share a direction. Codes: atom 0 marks them, atom 1 marks 10 random ones, atom 2 one."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(60, 32, generator=generator)
@@ -74,12 +75,12 @@ def grouped(tmp_path: Path) -> tuple[RowStore, torch.Tensor]:
     codes[:10, 0] = torch.linspace(1, 0.1, 10)
     codes[20:60:4, 1] = 0.5
     codes[33, 2] = 1.0
-    return RowStore(tmp_path, RowWhitening.centring(rows.mean(0))), codes
+    return RowStore(tmp_path, RowWhitening.centring(rows.mean(0))), Codes.of_matrix(torch.arange(60), codes)
 
 
-def test_a_coherent_group_stands_out_and_a_random_one_does_not(grouped: tuple[RowStore, torch.Tensor]) -> None:
+def test_a_coherent_group_stands_out_and_a_random_one_does_not(grouped: tuple[RowStore, Codes]) -> None:
     store, codes = grouped
-    found = candidates(store, torch.arange(60), codes, [5 + n % 7 for n in range(60)], SelectConfig(top_documents=8), 0)
+    found = candidates(store, codes, [5 + n % 7 for n in range(60)], SelectConfig(top_documents=8), 0)
     assert [c.atom for c in found] == [0, 1], "an atom with fewer than min_documents went on"
     group, chance = found
     assert group.documents == tuple(range(8)) and group.n_documents == 10
