@@ -29,6 +29,7 @@ from server.metrics import SteeringMetrics
 from server.responses import error_response
 from server.routes import is_own_path
 from server.steering import ResolvedSteering, Steering
+from server.vllm.exposure import GENERATING_PATHS
 
 STEERED_PATHS = frozenset({
     "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
@@ -138,7 +139,7 @@ class SteeringMiddleware:
             if body is not None and "steering" in body:
                 raise UnsupportedFieldError(f"{scope['path'][:80]} cannot be steered; the paths that can are "
                                             f"{', '.join(sorted(STEERED_PATHS))}", "steering")  # fmt: skip
-            return self._default(scope)
+            return self._default(scope, body or {})
         context: RequestContext = scope["state"]["context"]
         begin_generating(context, self._traffic)
         if body is None:
@@ -162,21 +163,38 @@ class SteeringMiddleware:
         return SteeredCall(resolved, model, _prompt(body), context=context)
 
     def _check_limits(self, body: Mapping[str, Any]) -> None:
-        """Raises InvalidFieldError for an answer longer than may be asked for, or more log-probabilities a token. (vLLM is
-        told of the first limit for those that say nothing; its own second one is higher, for measuring KL.)"""
+        """Raises InvalidFieldError for longer answers, more of them, or more log-probabilities a token than may be asked for.
+        (vLLM is told of the first limit for those that say nothing; its own of the last is higher, for measuring KL.)"""
         tokens, logprobs = self._limits.max_tokens, self._limits.max_logprobs
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-            asked = body.get(name)
-            if tokens is not None and isinstance(asked, int) and asked > tokens:
-                raise InvalidFieldError(f"{name} asks for {asked} tokens; the limit is {tokens}", name)
+            asked = _number(body.get(name))
+            if tokens is not None and asked is not None and asked > tokens:
+                raise InvalidFieldError(f"{name} asks for {asked:g} tokens; the limit is {tokens}", name)
         for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
-            asked = body.get(name)
-            if isinstance(asked, int) and not isinstance(asked, bool) and not 0 <= asked <= logprobs:
-                raise InvalidFieldError(f"{name} is {asked}; it must lie between 0 and {logprobs}", name)
+            asked = _number(body.get(name))
+            if asked is not None and not 0 <= asked <= logprobs:
+                raise InvalidFieldError(f"{name} is {asked:g}; it must lie between 0 and {logprobs}", name)
+        self._check_sequences(body)
 
-    def _default(self, scope: Scope) -> SteeredCall:
+    def _check_sequences(self, body: Mapping[str, Any]) -> None:
+        """vLLM would take 16,384 in one request."""
+        n = _number(body.get("n")) or 1
+        if n > self._limits.max_n:
+            raise InvalidFieldError(f"n is {n:g}; the limit is {self._limits.max_n}", "n")
+        field = "prompt" if "prompt" in body else "messages"
+        prompts = body.get(field)
+        many = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else 1
+        if many * n > self._limits.max_sequences:
+            raise InvalidFieldError(f"{many} prompts times n {n:g} are {many * n:g} sequences; the limit is "
+                                    f"{self._limits.max_sequences}", field)  # fmt: skip
+
+    def _default(self, scope: Scope, body: Mapping[str, Any]) -> SteeredCall:
         """Other paths that generate get the server's default mix."""
-        return SteeredCall(self._steering.resolve(None), self._steering.served_name, context=scope["state"]["context"])
+        context: RequestContext = scope["state"]["context"]
+        if scope["path"] in GENERATING_PATHS:
+            begin_generating(context, self._traffic)
+            self._check_limits(body)
+        return SteeredCall(self._steering.resolve(None), self._steering.served_name, context=context)
 
 
 class _Answer:
@@ -303,6 +321,16 @@ def _json_object(headers: Headers, data: bytes) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise InvalidJSONError(f"the body is a JSON {type(value).__name__}; send an object")
     return value
+
+
+def _number(value: object) -> float | None:
+    """What vLLM would read `value` as where it wants a whole number: it takes "16" and 16.0 for one. None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _prompt(body: Mapping[str, Any]) -> str:

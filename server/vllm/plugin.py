@@ -142,8 +142,11 @@ def set_engine_arguments(arguments: Any, package: Package) -> None:
     from typing import get_args
 
     from atoms.errors import ConfigError
-    from server.vllm.upstream import MaxLoRARanks
+    from server.vllm.upstream import MaxLoRARanks, envs
 
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ConfigError("VLLM_ALLOW_RUNTIME_LORA_UPDATING lets requests load adapters from paths, which cannot go with a "
+                          "package; unset it")  # fmt: skip
     if arguments.load_format not in (*_PLAIN_FORMATS, LOAD_FORMAT):
         raise ConfigError(f"load format {arguments.load_format!r} cannot be steered: the base adapter is merged while "
                           f"a checkpoint is read; use one of {', '.join(_PLAIN_FORMATS)}")  # fmt: skip

@@ -5,6 +5,7 @@ Written for and tested with 0.32. Only modules that run inside vLLM import this 
 
 from __future__ import annotations
 
+import vllm.envs as envs
 import vllm.v1.core.block_pool as block_pool
 import vllm.v1.core.kv_cache_utils as kv_cache_utils
 import vllm.v1.engine.utils as engine_utils
@@ -47,6 +48,7 @@ __all__ = [
     "VllmConfig",
     "block_pool",
     "engine_utils",
+    "envs",
     "get_forward_context",
     "kv_cache_utils",
     "lora_runner",

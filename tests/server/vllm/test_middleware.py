@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +24,11 @@ from server.context import RequestContextMiddleware, Traffic
 from server.experiments.drift import DriftSampler
 from server.experiments.recording import Outcome
 from server.experiments.spec import ExperimentSpec
+from server.limits import Limits
 from server.metrics import SteeringMetrics
 from server.state import Snapshot, State
 from server.steering import Steering
+from server.vllm.exposure import OperatorMiddleware, operator_paths
 from server.vllm.host import name_models, steer_engine
 from server.vllm.middleware import SteeringMiddleware, current, with_echo
 
@@ -90,7 +93,7 @@ def client_to(
 ) -> Callable[..., AsyncClient]:
     def make(config: ServeConfig, state: State | None = None) -> AsyncClient:
         steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
-        routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/tokenize", "/v1/presets")]
+        routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/invocations", "/tokenize", "/v1/presets")]
         routes.append(Route("/v1/responses", _hang, methods=["POST"]))
         app = Starlette(routes=[*routes, Route("/v1/completions", _refuse, methods=["POST"])])
         drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
@@ -170,14 +173,76 @@ async def test_paths_that_cannot_be_steered_refuse_steering_and_are_left_alone_w
     assert answer == {"id": "chatcmpl-1", "seen": {}, "body": {"model": "demo"}}
 
 
+@pytest.mark.parametrize("written", [int, float, str])
+@pytest.mark.parametrize("path", [CHAT, "/invocations"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_tokens", 9), ("max_completion_tokens", 9), ("top_logprobs", 4), ("prompt_logprobs", -1), ("n", 3)],
+)
+async def test_limits_hold_however_a_number_is_written_and_on_every_path(
+    client_to, config: ServeConfig, path: str, name: str, value: int, written
+) -> None:
+    client = client_to(replace(config, limits=Limits(max_tokens=8, max_logprobs=3, max_n=2, max_sequences=5)))
+    response = await client.post(path, json={"model": "demo", name: written(value)})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    assert (await client.post(path, json={"model": "demo", name: written(2)})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ["a"] * 6}, "prompt"),
+        ({"prompt": [[1, 2]] * 3, "n": 2}, "prompt"),
+        ({"messages": [[{"role": "user", "content": "x"}]] * 6}, "messages"),
+        ({"prompt": list(range(100)), "n": 2}, None),
+        ({"messages": [{"role": "user", "content": "x"}] * 100}, None),
+        ({"prompt": ["a"] * 5}, None),
+    ],
+)
+async def test_prompts_times_n_are_limited(client_to, config: ServeConfig, body: dict, param: str | None) -> None:
+    client = client_to(replace(config, limits=Limits(max_n=2, max_sequences=5)))
+    response = await client.post(CHAT, json={"model": "demo"} | body)
+    assert response.status_code == (400 if param else 200)
+    assert param is None or response.json()["error"]["param"] == param
+
+
+async def test_an_operators_routes_need_an_admin_key(
+    config: ServeConfig, traffic: Traffic, metrics: SteeringMetrics
+) -> None:
+    paths = (
+        CHAT,
+        "/tokenize",
+        "/health",
+        "/collective_rpc",
+        "/scale_elastic_ep",
+        "/inference/v1/generate",
+        "/new_in_0_99",
+    )
+    app = Starlette(routes=[Route(path, _chat, methods=["POST"]) for path in paths])
+    app.add_middleware(OperatorMiddleware, paths=operator_paths(paths))
+    app.add_middleware(AuthMiddleware, keys=KeyRing((), ("boss",)))
+    app.add_middleware(RequestContextMiddleware, traffic=traffic, metrics=metrics, access_log=False)
+    client = AsyncClient(transport=ASGITransport(app), base_url="http://test")
+    for path in paths:
+        anybody = await client.post(path, json={})
+        assert anybody.status_code == (200 if path in paths[:3] else 403), path
+        assert (await client.post(path, json={}, headers={"Authorization": "Bearer boss"})).status_code == 200
+    assert (await client.post("/nothing", json={})).status_code == 404
+
+
+async def test_while_the_server_drains_no_path_generates(client: AsyncClient, traffic: Traffic) -> None:
+    traffic.draining = True
+    assert [(await client.post(path, json={"model": "demo"})).status_code for path in (CHAT, "/invocations", "/tokenize")] == [
+        503, 503, 200
+    ]  # fmt: skip
+
+
 async def test_our_own_routes_read_their_own_bodies(client: AsyncClient) -> None:
     body = {"name": "x", "steering": "anything"}
     assert (await client.post("/v1/presets", json=body)).json()["body"] == body
 
 
 async def test_the_default_mix_steers_every_path_that_generates(client_to, config: ServeConfig, ids) -> None:
-    from dataclasses import replace
-
     client = client_to(replace(config, default_mix="list=1"))
     assert (await client.post(CHAT, json={})).json()["seen"] == {ids[0]: 1.0}
     assert (await client.post("/tokenize", json={})).json()["seen"] == {ids[0]: 1.0}
