@@ -76,6 +76,10 @@ class ConflictError(RequestError):
     """What is asked does not fit the state that a preset or an experiment is in."""
 
 
+class CollisionError(ConflictError):
+    """Somebody else's change came first by a moment: the same request may succeed when it is sent again."""
+
+
 class StoreUnavailableError(RequestError):
     """The database is locked, full, read-only or away. Nothing was stored."""
 
@@ -187,6 +191,9 @@ _KINDS: dict[type[Exception], ErrorKind] = {
     EngineError: ErrorKind(500, _SERVER, "generation_failed", _FAILED),
 }
 
+_FINAL = ConflictError | ReloadError | NoStoreError | NotSupportedHereError
+"""Errors with a status that OpenAI's clients try again, 409 or a 5xx, and that stay until somebody changes something."""
+
 
 def error_kind(error: BaseException) -> ErrorKind:
     """The nearest class of the table, `UNEXPECTED` if there is none."""
@@ -201,7 +208,8 @@ def error_body(error: BaseException) -> dict[str, dict[str, str | None]]:
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
-    """Headers that belong to the error's status: ``WWW-Authenticate``, ``Retry-After`` in whole seconds.
+    """Headers that belong to the error's status: ``WWW-Authenticate``, ``Retry-After`` in whole seconds, and
+    ``x-should-retry: false``, which OpenAI's clients obey, where they would try again what another try cannot mend.
 
     How long to wait for a place in a full queue the engine need not know; then `RequestContextMiddleware` says it.
     """
@@ -213,6 +221,8 @@ def error_headers(error: BaseException) -> dict[str, str]:
         return {"Connection": "close"}  # what is left of the body is not waited for
     if isinstance(error, EngineStoppedError | StoreUnavailableError):
         return {"Retry-After": "5"}
-    if isinstance(error, StoreOverloadedError):
+    if isinstance(error, StoreOverloadedError | CollisionError):
         return {"Retry-After": "1"}
+    if isinstance(error, _FINAL):
+        return {"x-should-retry": "false"}
     return {}

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, RowMapping, func, select
 from sqlalchemy.exc import IntegrityError
 
 from atoms.mix import Mix
-from server.errors import ConflictError, PresetNotFoundError
+from server.errors import CollisionError, ConflictError, PresetNotFoundError
 from server.store.database import Database, insert_into
 from server.store.tables import presets, revisions
 
@@ -84,7 +84,7 @@ class PresetStore:
                 })  # fmt: skip
                 bump_revision(connection, self._scope)
         except IntegrityError as error:
-            raise ConflictError(f"preset {name!r} was changed at the same moment; look at it and try again") from error
+            raise CollisionError(f"preset {name!r} was changed at the same moment; look at it and try again") from error
         return Preset(name, version, mix, description, package_version, now)
 
     def delete(self, name: str) -> None:
@@ -100,7 +100,7 @@ class PresetStore:
                 })  # fmt: skip
                 bump_revision(connection, self._scope)
         except IntegrityError as error:
-            raise ConflictError(f"preset {name!r} was changed at the same moment; look at it and try again") from error
+            raise CollisionError(f"preset {name!r} was changed at the same moment; look at it and try again") from error
 
     def _latest(self, connection: Connection, name: str, expected: int | None) -> int:
         """The highest version of `name`, 0 for none."""

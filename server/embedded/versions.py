@@ -21,7 +21,7 @@ from atoms.engine import EngineStats
 from atoms.errors import AtomsteerError
 from atoms.package import Package
 from server.embedded.generation import ServedEngine
-from server.errors import ConflictError, NotSupportedHereError, ReloadError
+from server.errors import CollisionError, NotSupportedHereError, ReloadError
 
 if TYPE_CHECKING:
     from server.embedded.load import LoadedPackage
@@ -84,13 +84,13 @@ class Versions:
     async def reload(self) -> tuple[Package, Package]:
         """Reads the package at the configured path anew and serves it from now on. Returns the old and the new one.
 
-        Raises ReloadError, ConflictError while another reload runs, NotSupportedHereError.
+        Raises ReloadError, CollisionError while another reload runs, NotSupportedHereError.
         """
         if self._load is None:
             raise NotSupportedHereError("this server was given a loaded engine and cannot reload; start it with "
                                         "`atomsteer serve`")  # fmt: skip
         if self._reloading.locked():
-            raise ConflictError("a reload is in progress; wait for it to end")
+            raise CollisionError("a reload is in progress; wait for it to end")
         async with self._reloading:
             old = self.current
             new = await asyncio.to_thread(self._made, self._load)

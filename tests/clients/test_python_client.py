@@ -15,7 +15,19 @@ import pytest
 from atomsteer_client import AsyncClient, Client, Echo, SteeringIgnoredError, echo_of, resources
 from atomsteer_client.steering import wire_form
 
+from atoms.errors import EngineStoppedError
 from atoms.package import Package
+from server.errors import (
+    CollisionError,
+    ConflictError,
+    NoStoreError,
+    NotSupportedHereError,
+    ReloadError,
+    StoreOverloadedError,
+    StoreUnavailableError,
+    error_headers,
+    error_kind,
+)
 
 ADMIN_KEY = "admin-key-of-the-tests"
 ASK = {
@@ -158,6 +170,31 @@ def test_presets_and_experiments(client: Client) -> None:
     assert client.experiments.stop("lists", "enough").status == "stopped"
     assert client.experiments.promote("lists", "strong", "liked-lists").name == "liked-lists"
     assert [experiment.name for experiment in client.experiments.list()] == ["lists"]
+
+
+def test_what_another_try_cannot_mend_is_asked_once(real_server: str) -> None:
+    """OpenAI's client tries a 409 three times if nobody tells it better."""
+    sent: list[str] = []
+    counting = openai.DefaultHttpxClient(event_hooks={"request": [lambda request: sent.append(request.url.path)]})
+    with openai.OpenAI(base_url=real_server, api_key=ADMIN_KEY, max_retries=2, http_client=counting) as client:
+        draft = {"name": "still-a-draft", "arms": [{"name": "one", "atoms": {}}], "holdout": 0.5}
+        client.post("/experiments", body=draft, cast_to=object)
+        sent.clear()
+        with pytest.raises(openai.ConflictError, match="has not been started"):
+            client.chat.completions.create(**ASK, user="u", extra_body={"steering": {"experiment": "still-a-draft"}})
+        with pytest.raises(openai.ConflictError, match="exists already"):
+            client.post("/experiments", body=draft, cast_to=object)
+        assert sent == ["/v1/chat/completions", "/v1/experiments"]
+        client.delete("/experiments/still-a-draft", cast_to=object)
+
+
+def test_only_a_collision_of_changes_is_worth_another_try() -> None:
+    collision = CollisionError("somebody was faster")
+    assert (error_kind(collision).status, error_headers(collision)) == (409, {"Retry-After": "1"})
+    for final in (ConflictError("x"), ReloadError("x"), NoStoreError("x"), NotSupportedHereError("x")):
+        assert error_headers(final) == {"x-should-retry": "false"}
+    for passing in (EngineStoppedError("x"), StoreUnavailableError("x"), StoreOverloadedError("x")):
+        assert "x-should-retry" not in error_headers(passing) and "Retry-After" in error_headers(passing)
 
 
 async def test_an_experiment_asynchronously_from_draft_to_forgotten(real_server: str) -> None:
