@@ -79,7 +79,7 @@ def running(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[n
     return n, means, np.maximum(variances, 0)
 
 
-@pytest.mark.parametrize(("values", "how"), itertools.product(bench.VALUES, bench.SHARES) if ALL else ROWS)
+@pytest.mark.parametrize(("values", "how"), list(itertools.product(bench.VALUES, bench.SHARES)) if ALL else ROWS)
 def test_whoever_looks_after_every_unit_is_fooled_in_at_most_6_of_100_tests_without_effect(
     values: str, how: str
 ) -> None:
