@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from pydantic_core import from_json
@@ -18,10 +19,14 @@ from server.errors import (
 )
 from server.responses import error_response
 
+_DISCARDED = 16
+"""Times the limit: as much of a body that is too large is read and thrown away. A server that answers and hangs up while
+its client still writes has its answer lost with the connection."""
+
 
 class BodyLimitMiddleware:
-    """Refuses bodies above `limit` bytes: by their declared length at once, else as soon as they grow past it; and those
-    that have not arrived within `seconds`."""
+    """Refuses bodies above `limit` bytes, by their declared length or once they grow past it, and those that have not
+    arrived within `seconds`."""
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = 30.0) -> None:
         self._app = app
@@ -31,11 +36,14 @@ class BodyLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        declared = dict(scope["headers"]).get(b"content-length", b"")
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"")
+        deadline = asyncio.get_running_loop().time() + self._seconds
         if declared.isdigit() and int(declared) > self._limit:
+            if b"expect" not in headers:  # such a client sends its body once it is asked to
+                await self._discard(receive, deadline)
             return await error_response(self._error(int(declared)))(scope, receive, send)
         received, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self._seconds
 
         async def receive_bounded() -> Message:
             nonlocal received, complete
@@ -48,11 +56,22 @@ class BodyLimitMiddleware:
                 raise BodyTimeoutError(f"the body has not arrived within {self._seconds:g} s") from error
             received += len(message.get("body", b""))
             if received > self._limit:
+                if message.get("more_body", False):
+                    await self._discard(receive, deadline)
                 raise self._error(received)
             complete = not message.get("more_body", False)
             return message
 
         await self._app(scope, receive_bounded, send)
+
+    async def _discard(self, receive: Receive, deadline: float) -> None:
+        size, more = 0, True
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(deadline):
+                while more and size < _DISCARDED * self._limit:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    more = message.get("more_body", False)
 
     def _error(self, size: int) -> BodyTooLargeError:
         return BodyTooLargeError(f"the body has {size} bytes or more; the limit is {self._limit}: shorten the prompt")

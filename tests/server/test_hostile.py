@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -132,6 +133,30 @@ def test_a_million_atoms(http: httpx.Client) -> None:
     refused = http.post(PATH, json=CHAT | {"steering": {"atoms": fitting}})
     assert refused.status_code == 400 and "32" in refused.json()["error"]["message"]
     assert len(refused.text) < 1000 and time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_too_long_is_answered_and_not_cut_off(http: httpx.Client, declared: bool) -> None:
+    """A client that still writes when the server hangs up never sees the answer."""
+    body = b" " * (5 << 20)
+    for _ in range(10):
+        pieces = body if declared else (body[at : at + 65536] for at in range(0, len(body), 65536))
+        refused = http.post(PATH, content=pieces, headers={"Content-Type": "application/json"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_body_without_end_is_not_read_without_end(http: httpx.Client) -> None:
+    sent = 0
+
+    def pieces():
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1 << 20
+            yield b" " * (1 << 20)
+
+    with suppress(httpx.TransportError):
+        http.post(PATH, content=pieces(), headers={"Content-Type": "application/json"})
+    assert sent < 64 << 20
 
 
 NAMES = ("../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "os.system", "__class__", "a\x00b", "a\r\nSet-Cookie: x", "‮abc",

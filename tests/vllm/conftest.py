@@ -243,3 +243,9 @@ def read() -> Callable[..., str]:
 def chat_prompt(smol_tokenizer) -> Callable[[str], list[int]]:
     """`chat_prompt(text)`: the tokens of a user's message in the chat template."""
     return lambda text: chat_tokens(smol_tokenizer, text)
+
+
+@pytest.fixture(scope="session")
+def context() -> int:
+    """The server's, in tokens."""
+    return CONTEXT
