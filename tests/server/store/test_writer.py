@@ -71,6 +71,38 @@ def test_records_that_come_during_a_commit_share_the_next(disk: Disk) -> None:
     assert writer.close() == 0
 
 
+def test_patient_records_wait_for_what_comes_next(disk: Disk) -> None:
+    """One that is in a hurry takes all with it, in their order; so do a full group, the end of patience, and the end."""
+    writer = Writer(disk.commit, group=3)
+    assert writer.offer("a", patience=60) and writer.offer("b", patience=60)
+    assert not disk.entered.wait(0.05), "nothing is in a hurry"
+    assert writer.submit("now").result(5) == "now!"
+    assert disk.groups == [["a", "b", "now"]] and writer.waiting == 0
+    disk.entered.clear()
+    for name in "cde":
+        writer.offer(name, patience=60)
+    assert disk.entered.wait(5), "a group is full"
+    disk.entered.clear()
+    writer.offer("f", patience=60)
+    writer.offer("g", patience=0.01)
+    assert disk.entered.wait(5), "patience has an end"
+    writer.offer("h", patience=60)
+    assert writer.close() == 0
+    assert disk.stored == [*"ab", "now", *"cdefgh"]
+
+
+def test_patience_does_not_outlast_an_outage(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", 0.01)
+    writer = Writer(disk.commit)
+    disk.away = True
+    writer.offer("a", patience=0.01)
+    assert disk.entered.wait(5)
+    disk.away = False
+    disk.entered.clear()
+    assert disk.entered.wait(5), "what was kept is tried again"
+    assert writer.close() == 0 and disk.stored == ["a"]
+
+
 def test_a_group_is_bounded(disk: Disk) -> None:
     writer = Writer(disk.commit, group=10)
     disk.gate.clear()
