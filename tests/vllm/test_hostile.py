@@ -40,7 +40,9 @@ ODD_STEERING: list[tuple[Any, int]] = [
 
 @pytest.fixture
 async def http(server):
-    async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=300, limits=httpx.Limits(max_connections=None, keepalive_expiry=2)
+    ) as client:
         yield client
 
 
