@@ -55,6 +55,8 @@ def read_lines(path: Path, defaults: Defaults) -> Iterator[BatchLine]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path} is not {', '.join(readers)}; rename it, or convert it")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file, and a batch reads its input twice; write it to a file first")
     try:
         for number, row in reader(path):
             yield _line(number, row, defaults)
@@ -107,7 +109,7 @@ def _is_openai(row: Any) -> bool:
 
 
 def _openai_request(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    url, method = row.get("url", URLS[0]), row.get("method", "POST")
+    url, method = row.get("url") or URLS[0], row.get("method") or "POST"
     if method != "POST":
         raise InvalidLineError(f"method is {str(method)[:32]!r}; it must be POST")
     if url not in URLS:
@@ -196,8 +198,15 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             for rows in file.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in rows.to_pylist():
+                for row in rows.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
-                    yield number, {name: value for name, value in row.items() if value is not None}
+                    yield number, {name: _without_nulls(value) for name, value in row.items()}
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A cell without the nulls by which Arrow fills up structs: all rows have the keys of all, of `atoms` as of `body`."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -90,8 +90,9 @@ def open_results(path: Path, settings: Mapping[str, Any], *, retry_failed: bool 
     """The file `path`, to be gone on with. `settings` are what all of its lines must share; they are kept beside it.
 
     `retry_failed` drops the lines that hold errors first. Raises ConfigError if another run writes `path` or it was begun
-    with other settings, DataError if it holds something else than results, StorageError.
+    with other settings or is no regular file, DataError if it holds something else than results, StorageError.
     """
+    _check_file(path)
     _check_settings(path, settings)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +113,10 @@ def open_results(path: Path, settings: Mapping[str, Any], *, retry_failed: bool 
 
 
 def read_answered(path: Path, ids: CustomIds, *, cut: bool) -> None:
-    """Notes the ids of all whole lines of `path`; with `cut`, removes a torn last line. Raises DataError."""
+    """Notes the ids of all whole lines of `path`; with `cut`, removes a torn last line. Raises DataError, ConfigError."""
     if not path.exists():
         return
+    _check_file(path)
     end = 0
     for number, line in enumerate(_whole_lines(path), 1):
         end += len(line)
@@ -123,6 +125,13 @@ def read_answered(path: Path, ids: CustomIds, *, cut: bool) -> None:
     if cut and end < path.stat().st_size:
         with storage_errors(path):
             os.truncate(path, end)
+
+
+def _check_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ConfigError(
+            f"--out is {path}, which is no regular file; a run is resumed from what it wrote: give a file"
+        )
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:

@@ -80,6 +80,7 @@ def mix_text(atoms: dict[str, float]) -> str:
 
 
 def path_part(name: str) -> str:
+    """`name` as one part of a path, whatever it contains: . and .., too, which as they are would climb."""
     from urllib.parse import quote
 
-    return quote(name, safe="")
+    return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")

@@ -7,6 +7,7 @@ test_batch.py.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -22,7 +23,9 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from atoms.errors import ConfigError, DataError
 from clients import batch_lines, batch_requests
@@ -356,6 +359,58 @@ def test_tables_with_bad_cells_cost_a_row_each(tmp_path: Path) -> None:
     read = {line.custom_id: line for line in read_lines(source, Defaults({}))}
     assert {name: bool(line.error) for name, line in read.items()} == {"a": False, "b": True, "c": True, "d": False}
     assert read["d"].body["steering"] == {"preset": "p"} and "steering" not in read["a"].body
+
+
+def test_nulls_of_parquet_say_nothing(tmp_path: Path) -> None:
+    """Arrow gives every struct the keys of all rows, and null where a row has none: no atom is asked for by a null."""
+    source = tmp_path / "in.parquet"
+    rows = [
+        {"custom_id": "a", "body": {"prompt": "x", "max_tokens": 3}, "url": "/v1/completions", "steering": {"atoms": {"p": 1.0}}},
+        {"custom_id": None, "body": {"messages": [{"role": "user", "content": "y"}]}, "url": None, "steering": {"atoms": {"q": 2.0}}},
+        {"custom_id": "c", "body": {"messages": [{"role": "system", "content": "z", "name": "n"}]}, "url": None, "steering": None},
+    ]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    first, second, third = read_lines(source, Defaults({}))
+    assert (first.custom_id, first.url, first.error) == ("a", "/v1/completions", None)
+    assert first.body == {"prompt": "x", "max_tokens": 3, "steering": {"atoms": {"p": 1.0}}}
+    assert (second.custom_id, second.url) == ("line-2", "/v1/chat/completions")
+    assert second.body == {"messages": [{"role": "user", "content": "y"}], "steering": {"atoms": {"q": 2.0}}}
+    assert third.body == {"messages": [{"role": "system", "content": "z", "name": "n"}]}
+    mixes = pyarrow.array([[("p", 1.0)], None], pyarrow.map_(pyarrow.string(), pyarrow.float64()))
+    steering = pyarrow.StructArray.from_arrays([mixes], ["atoms"])
+    parquet.write_table(pyarrow.table({"prompt": ["x", None], "steering": steering}), source)
+    good_row, empty = read_lines(source, Defaults({}))
+    assert good_row.body["steering"] == {"atoms": {"p": 1.0}}
+    assert "the prompt is None" in str(empty.error)
+
+
+def test_pipes_and_devices_are_refused_before_they_block(tmp_path: Path) -> None:
+    """The input is read twice, and the output is what a run is resumed from."""
+    source = write_requests(tmp_path / "in.jsonl", 1)
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    for arguments, words in (
+        ((pipe, "--out", tmp_path / "out.jsonl"), "reads its input twice"),
+        ((source, "--out", pipe), "no regular file"),
+        ((source, "--out", "/dev/null"), "no regular file"),
+    ):
+        for more in ((), ("--dry-run",)):
+            command = [
+                sys.executable,
+                "-m",
+                "clients.cli",
+                "batch",
+                *map(str, arguments),
+                "--server",
+                "http://127.0.0.1:9",
+                *more,
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, (
+                command,
+                done.stderr,
+            )
+    assert not Path("/dev/null.run.json").exists()
 
 
 def test_files_that_cannot_be_a_batch_are_refused_whole(tmp_path: Path) -> None:

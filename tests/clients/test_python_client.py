@@ -78,6 +78,9 @@ def test_every_call_that_generates_takes_steering_and_gives_a_typed_echo(client:
     with client.chat.completions.stream(**WHOLE, steering=MIX) as stream:
         check(echo_of(stream.get_final_completion()), expected)
     check(echo_of(client.chat.completions.parse(**WHOLE, steering=MIX)), expected)
+    for nothing in (openai.omit, openai.NOT_GIVEN):
+        assert client.chat.completions.create(**ASK, steering=nothing).steering.atoms == {}
+    check(echo_of(client.beta.chat.completions.parse(**WHOLE, steering=MIX)), expected)
     check(client.with_options(timeout=60).chat.completions.create(**ASK, steering=MIX).steering, expected)
 
 
@@ -106,6 +109,7 @@ async def test_the_asynchronous_client_does_the_same(real_server: str, expected:
         check(response.steering, expected)
         async with client.chat.completions.stream(**WHOLE, steering=MIX) as helper:
             check(echo_of(await helper.get_final_completion()), expected)
+        check((await client.beta.chat.completions.create(**ASK, steering=MIX)).steering, expected)
         check(await client.steering.preview(MIX), expected)
         assert [atom.name for atom in await client.atoms.search("numbered")] == ["numbered-list"]
         assert (await client.presets.get("lists")).fixed
@@ -195,6 +199,34 @@ def test_only_a_collision_of_changes_is_worth_another_try() -> None:
         assert error_headers(final) == {"x-should-retry": "false"}
     for passing in (EngineStoppedError("x"), StoreUnavailableError("x"), StoreOverloadedError("x")):
         assert "x-should-retry" not in error_headers(passing) and "Retry-After" in error_headers(passing)
+
+
+def test_names_that_would_climb_the_path_are_names(client: Client) -> None:
+    for name in (".", "..", "a/../b"):
+        for found in (client.atoms.get, client.presets.get, client.presets.delete):
+            with pytest.raises(openai.NotFoundError):
+                found(name)
+        with pytest.raises(openai.APIStatusError):
+            client.experiments.get(name)
+    arms = [{"name": "weak", "atoms": {"numbered-list": 1}}, {"name": "strong", "atoms": {"numbered-list": 2}}]
+    client.experiments.create(name="dots", arms=arms)
+    client.experiments.start("dots")
+    client.chat.completions.create(**ASK, user="..", steering={"experiment": "dots"})
+    assert client.experiments.forget("..") >= 2, "whoever calls themselves .. can be forgotten"
+    client.experiments.stop("dots")
+    client.experiments.delete("dots")
+
+
+def test_arguments_that_are_no_steering_are_refused_before_anything_is_sent() -> None:
+    with Client(base_url="http://127.0.0.1:9/v1", max_retries=0) as client:
+        for wrong in ("numbered-list=2", [("numbered-list", 2)], 2):
+            with pytest.raises(TypeError, match="must be a mapping"):
+                client.chat.completions.create(**ASK, steering=wrong)  # type: ignore[call-overload]
+        for out_of_place in ({"stream": True}, {"steering": MIX}, {"messages": []}):
+            with pytest.raises(TypeError, match="compare takes no"):
+                client.compare("hi", [MIX], model="demo", **out_of_place)
+        with pytest.raises(TypeError, match="a list of mixes"):
+            client.compare("hi", MIX, model="demo")  # type: ignore[arg-type]
 
 
 async def test_an_experiment_asynchronously_from_draft_to_forgotten(real_server: str) -> None:

@@ -13,7 +13,16 @@ from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from atomsteer_client import comparison
 from atomsteer_client.comparison import Compared
-from atomsteer_client.generation import AsyncChat, AsyncCompletions, AsyncResponses, Chat, Completions, Responses
+from atomsteer_client.generation import (
+    AsyncBeta,
+    AsyncChat,
+    AsyncCompletions,
+    AsyncResponses,
+    Beta,
+    Chat,
+    Completions,
+    Responses,
+)
 from atomsteer_client.resources import (
     AsyncAtoms,
     AsyncExperiments,
@@ -45,6 +54,10 @@ class Client(OpenAI):
     @cached_property
     def chat(self) -> Chat:
         return Chat(self)
+
+    @cached_property
+    def beta(self) -> Beta:
+        return Beta(self)
 
     @cached_property
     def completions(self) -> Completions:
@@ -82,7 +95,7 @@ class Client(OpenAI):
         """The answer without steering and under each of `mixes`, with the same seed, in that order.
 
         `prompt` is a text or a list of messages; `options` are those of a chat completion. `model` may be left out where
-        the server has one.
+        the server has one. Raises TypeError for options that have no place here: `stream`, `steering`, `messages`.
         """
         options["model"] = model or comparison.served_model(self.models.list())
         asked = comparison.requests(prompt, mixes, seed, options)
@@ -111,6 +124,10 @@ class AsyncClient(AsyncOpenAI):
     @cached_property
     def chat(self) -> AsyncChat:
         return AsyncChat(self)
+
+    @cached_property
+    def beta(self) -> AsyncBeta:
+        return AsyncBeta(self)
 
     @cached_property
     def completions(self) -> AsyncCompletions:

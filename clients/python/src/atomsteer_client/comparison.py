@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,13 @@ class Compared:
 def requests(
     prompt: str | Sequence[Any], mixes: Iterable[SteeringLike], seed: int, options: dict[str, Any]
 ) -> list[tuple[SteeringLike | None, dict[str, Any]]]:
-    """Each mix with the arguments of its call, the unsteered one first. All have the same seed."""
+    """Each mix with the arguments of its call, the unsteered one first. All have the same seed. Raises TypeError."""
+    if out_of_place := sorted({"stream", "steering", "messages"} & options.keys()):
+        raise TypeError(
+            f"compare takes no {', '.join(out_of_place)}: it waits for whole answers to prompt under each of mixes"
+        )
+    if isinstance(mixes, Mapping | str):
+        raise TypeError(f"mixes is {mixes!r}; it must be a list of mixes, such as [{{'bulleted-list': 2}}]")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     asked: list[SteeringLike | None] = [None, *mixes]
     return [(mix, {**options, "messages": messages, "seed": seed, "steering": mix or {}}) for mix in asked]

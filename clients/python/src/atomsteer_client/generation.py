@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 from openai import AsyncStream, Stream
 from openai.lib.streaming.chat import AsyncChatCompletionStreamManager, ChatCompletionStreamManager
 from openai.lib.streaming.responses import AsyncResponseStreamManager, ResponseStreamManager
-from openai.resources import chat, completions, responses
+from openai.resources import beta, chat, completions, responses
 from openai.types.chat import ParsedChatCompletion
 from openai.types.responses import ParsedResponse, ResponseStreamEvent
 
@@ -82,6 +82,22 @@ class AsyncChat(chat.AsyncChat):
     @cached_property
     def completions(self) -> AsyncChatCompletions:
         return AsyncChatCompletions(self._client)
+
+
+class Beta(beta.Beta):
+    """``client.beta.chat``, by which older programs call `parse` and `stream`."""
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self._client)
+
+
+class AsyncBeta(beta.AsyncBeta):
+    """``client.beta.chat``, by which older programs call `parse` and `stream`."""
+
+    @cached_property
+    def chat(self) -> AsyncChat:
+        return AsyncChat(self._client)
 
 
 class Completions(completions.Completions):

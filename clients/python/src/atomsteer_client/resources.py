@@ -258,5 +258,5 @@ def _experiment(name: str, action: str = "") -> str:
 
 
 def _part(name: str) -> str:
-    """`name` as one part of a path, whatever it contains."""
-    return quote(name, safe="")
+    """`name` as one part of a path, whatever it contains: . and .., too, which as they are would climb."""
+    return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")

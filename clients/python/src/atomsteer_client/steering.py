@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, cast
 
-from openai import AsyncStream, BaseModel, OpenAIError, Stream
+from openai import AsyncStream, BaseModel, NotGiven, Omit, OpenAIError, Stream
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
@@ -71,8 +71,11 @@ class SteeringIgnoredError(OpenAIError):
 
 
 def with_steering(params: Mapping[str, Any], steering: SteeringLike | None) -> dict[str, Any]:
-    """`params` of a create call with `steering` in its `extra_body`. Raises TypeError if it is there already."""
-    if steering is None:
+    """`params` of a create call with `steering` in its `extra_body`; None and OpenAI's `omit` say nothing of it.
+
+    Raises TypeError if it is there already, or is no mapping.
+    """
+    if steering is None or isinstance(steering, Omit | NotGiven):
         return dict(params)
     extra = dict(params.get("extra_body") or {})
     if "steering" in extra:
@@ -83,8 +86,10 @@ def with_steering(params: Mapping[str, Any], steering: SteeringLike | None) -> d
 def wire_form(steering: SteeringLike) -> dict[str, Any]:
     """As a server reads it: a mapping of nothing but numbers is a mix of atoms, but for `max_kl`, which is a field.
 
-    Raises TypeError for atoms that stand beside fields.
+    Raises TypeError for atoms that stand beside fields, and for what is no mapping.
     """
+    if not isinstance(steering, Mapping):
+        raise TypeError(f'steering is {steering!r}; it must be a mapping, such as {{"bulleted-list": 2}}')
     atoms = steering.keys() - Steering.__annotations__
     if atoms and len(atoms) < len(steering):
         fields = ", ".join(sorted(steering.keys() - atoms))
