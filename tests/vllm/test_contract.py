@@ -203,6 +203,15 @@ def test_a_dead_engine_is_shut_down_where_the_server_ends() -> None:
     assert "finally:\n        if async_llm:\n            async_llm.shutdown(" in source
 
 
+def test_adapters_from_the_paths_of_requests_are_refused_at_the_start(monkeypatch) -> None:
+    from atoms.errors import ConfigError
+    from server.vllm.plugin import set_engine_arguments
+
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    with pytest.raises(ConfigError, match="unset it"):
+        set_engine_arguments(None, None)
+
+
 def test_our_endpoint_is_one_that_vllm_accepts() -> None:
     from importlib.metadata import entry_points
 

@@ -45,7 +45,7 @@ def assert_all_ends(process: subprocess.Popen[bytes], members, wait_for, log: Pa
         (signal.SIGTERM, "group", "Starting to load model", [EAGER]),
         (signal.SIGTERM, "server", "Starting to load model", [EAGER]),
         (signal.SIGINT, "server", "Starting to load model", [EAGER]),
-        (signal.SIGTERM, "server", "Dynamo bytecode transform|Start compiling function", []),
+        (signal.SIGTERM, "server", "Warming up model for the compilation", []),
         (signal.SIGINT, "group", "Starting to load model", [EAGER, "--api-server-count=2"]),
     ],
     ids=["term-group", "term", "int", "term-compiling", "int-group-of-two"],
