@@ -97,7 +97,7 @@ def _to_float(steps: int) -> float:
 def parse_mix(entries: str | Sequence[str]) -> dict[str, float]:
     """Reads ``"bulleted-list=2,code=-1"`` (or several such texts) into name -> coefficient; names are not resolved here.
 
-    Raises MixError for an entry that is not ``name=number`` or a name that occurs twice.
+    Raises MixError for an entry that is not ``name=number``, a number that is not finite, or a name that occurs twice.
     """
     parsed: dict[str, float] = {}
     for text in [entries] if isinstance(entries, str) else entries:
@@ -109,6 +109,8 @@ def parse_mix(entries: str | Sequence[str]) -> dict[str, float]:
                 separator = ""
             if not separator or not name.strip():
                 raise MixError(f"{entry!r} is not of the form name=coefficient, such as bulleted-list=2")
+            if not math.isfinite(value):
+                raise MixError(f"{entry!r} has no finite coefficient; give a number such as 2")
             if name.strip() in parsed:
                 raise MixError(f"atom {name.strip()!r} occurs twice in the mix; give it one coefficient")
             parsed[name.strip()] = value

@@ -169,6 +169,18 @@ def _lock(file: FileIO, path: Path) -> None:
         raise ConfigError(f"another run is writing {path}; wait for it, or choose another --out") from error
 
 
+def _settings_in(kept: Path) -> dict[str, Any]:
+    try:
+        if isinstance(before := read_json(kept), dict):
+            return before
+        reason = "it holds no settings"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    raise ConfigError(
+        f"{kept}, which says how the results beside it were made, cannot be read: {reason}; choose another --out"
+    )
+
+
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Compares with, or writes, ``OUT.run.json``."""
     kept = path.with_name(path.name + ".run.json")
@@ -177,7 +189,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{path} exists, and {kept.name}, which says how it was made, does not; choose another --out"
             )
-        before = read_json(kept)
+        before = _settings_in(kept)
         if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
             name = changed[0]
             raise ConfigError(

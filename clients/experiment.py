@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from atoms.errors import ConfigError
 from clients.preset import DEFAULT_SERVER, JSONOption, KeyOption, NameArgument, ServerOption, mix_text, path_part
 
 app = typer.Typer(no_args_is_help=True, help="Run A/B experiments on mixes on a running server.")
@@ -69,7 +70,11 @@ def create(
 
     if file is not None:
         _refuse_beside_file(context)
-        spec = read_spec(file) | {"name": name}
+        spec = {"name": name} | read_spec(file)
+        if spec["name"] != name:
+            raise ConfigError(
+                f"{file} is the spec of {str(spec['name'])[:64]!r}, not of {name!r}; make the names agree, or leave it out"
+            )
     else:
         spec = {
             "name": name, "description": description, "arms": arms(arm or [], weight or []),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx2 as httpx
 
-from atoms.errors import AtomsteerError
+from atoms.errors import AtomsteerError, ConfigError
 
 TIMEOUT = 60.0
 
@@ -22,9 +23,16 @@ class ServerAnswerError(AtomsteerError):
 
 
 class ServerAPI:
-    """The server at `url` (with or without ``/v1``), asked with `key`. Use it as a context manager."""
+    """The server at `url` (with or without ``/v1``), asked with `key`. Use it as a context manager.
+
+    Raises ConfigError for a key that no header can carry.
+    """
 
     def __init__(self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        if key and not all("!" <= character <= "~" for character in key):
+            raise ConfigError(
+                "the key has blanks or letters that are not ASCII, which no HTTP header carries; give another"
+            )
         base = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.Client(base_url=f"{base}/v1/", headers=headers, timeout=TIMEOUT, transport=transport)
@@ -39,7 +47,7 @@ class ServerAPI:
         self._client.close()
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None, **query: Any) -> dict[str, Any]:
-        """The JSON object that ``/v1/{path}`` answers with. Raises ServerAnswerError."""
+        """The JSON object that ``/v1/{path}`` answers with. Raises ServerAnswerError, ConfigError for a NaN in `body`."""
         answer = self._request(method, path, body, query)
         try:
             result = answer.json()
@@ -60,8 +68,10 @@ class ServerAPI:
         write_bytes(out, self._request("GET", path, None, query).content)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any]) -> httpx.Response:
+        content = None if body is None else _json(body)
+        headers = {} if content is None else {"Content-Type": "application/json"}
         try:
-            answer = self._client.request(method, path, json=body, params=query)
+            answer = self._client.request(method, path, content=content, headers=headers, params=query)
         except httpx.HTTPError as error:
             raise ServerAnswerError(
                 f"{self._url} cannot be reached ({error}); start the server, or give another --server"
@@ -73,6 +83,13 @@ class ServerAPI:
         if answer.is_error:
             raise ServerAnswerError(_message(answer), answer.status_code)
         return answer
+
+
+def _json(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except ValueError as error:
+        raise ConfigError("one of the numbers is infinite or none at all (nan); give one that is finite") from error
 
 
 def _message(answer: httpx.Response) -> str:

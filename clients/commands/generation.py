@@ -22,7 +22,7 @@ def generate(
     mix: MixOption = None,
     model: ModelOption = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     allow_out_of_range: Annotated[
@@ -47,7 +47,7 @@ def chat(
     mix: MixOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     model: ModelOption = None,
     device: DeviceOption = "auto",
@@ -74,7 +74,7 @@ def batch(
     column: Annotated[str | None, typer.Option(help="Column of prompts; default: prompt.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before plain prompts.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, where a line says nothing.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Where a line says nothing; 0 is greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Where a line says nothing; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling, where a line says nothing.")] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="With --package: sequences decoded at once; default: 16.")

@@ -86,6 +86,12 @@ def test_an_entry_of_another_form_is_quoted(text: str) -> None:
         parse_mix(text)
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-Infinity", "1e400"])
+def test_a_coefficient_that_is_not_finite_is_refused(number: str) -> None:
+    with pytest.raises(MixError, match="no finite coefficient"):
+        parse_mix(f"a=1,b={number}")
+
+
 def test_an_atom_given_twice_is_refused() -> None:
     with pytest.raises(MixError, match="'a' occurs twice"):
         parse_mix(["a=1", "b=1,a=2"])

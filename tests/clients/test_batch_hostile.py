@@ -384,6 +384,20 @@ def test_nulls_of_parquet_say_nothing(tmp_path: Path) -> None:
     assert "the prompt is None" in str(empty.error)
 
 
+def test_settings_that_cannot_be_read_and_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    source, kept = write_requests(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl.run.json"
+    with scripted(good) as server:
+        for more in (("--temperature", "nan"), ("--temperature", "-1"), ("--mix", "a=inf"), ("--key", "clé")):
+            done = subprocess.run(command(source, server.url, *more), capture_output=True, text=True)
+            assert done.returncode == 2 and "Traceback" not in done.stderr, (more, done.stderr)
+        assert not server.asked
+        assert run(source, server.url).done == 1
+        for broken in ("{bad", "[1]", "\x00", ""):
+            kept.write_text(broken)
+            with pytest.raises(ConfigError, match=r"out\.jsonl\.run\.json.*cannot be read"):
+                run(source, server.url)
+
+
 def test_pipes_and_devices_are_refused_before_they_block(tmp_path: Path) -> None:
     """The input is read twice, and the output is what a run is resumed from."""
     source = write_requests(tmp_path / "in.jsonl", 1)

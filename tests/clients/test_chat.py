@@ -50,8 +50,12 @@ def test_a_piped_conversation_prints_answers_and_obeys_commands(real_server: str
 
 
 def test_what_cannot_be_compared_is_said(real_server: str) -> None:
-    out, errors = chat(["/compare", "/compare Name a fruit.", "/history", "/quit"], "--server", real_server)
+    out, errors = chat(
+        ["/mix numbered-list=1e400", "/mix numbered-list=nan", "/compare", "/compare Name a fruit.", "/history", "/quit"],
+        "--server", real_server,
+    )  # fmt: skip
     assert not out
+    assert errors.count("no finite coefficient") == 2
     assert "there is no question to compare yet" in errors and "the mix is empty" in errors
 
 

@@ -225,6 +225,23 @@ def test_what_a_file_would_win_over_is_refused(cli: Cli, url: str, tmp_path: Pat
     assert cli("experiment", "list")[1].count("tone") == 0
 
 
+def test_what_cannot_be_sent_is_said_without_a_traceback(cli: Cli, url: str, tmp_path: Path) -> None:
+    """JSON has no nan, and headers carry ASCII."""
+    for arguments, words in (
+        (("create", "tone", "--arm", "a=", "--arm", "b=list=nan"), "no finite coefficient"),
+        (("create", "tone", "--arm", "a=", "--arm", "b=list=1", "--holdout", "nan"), "finite"),
+        (("ramp", "tone", "inf"), "finite"),
+        (("list", "--key", "clé"), "not ASCII"), (("list", "--key", "a\nb"), "blanks"),
+    ):  # fmt: skip
+        status, _, error = cli("experiment", *arguments)
+        assert status == 2 and words in error, (arguments, error)
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"name": "other", "arms": [{"name": "a", "atoms": {}}], "holdout": 0.5}))
+    status, _, error = cli("experiment", "create", "tone", "--file", file)
+    assert status == 2 and "'other', not of 'tone'" in error
+    assert cli("experiment", "forget", "..")[1].startswith("0 records of .."), "a unit may be called so"
+
+
 def test_a_report_without_any_unit(cli: Cli, url: str, tmp_path: Path) -> None:
     """Of a draft, and of one that has just been started: nothing is known, and that is what all forms say."""
     cli("experiment", "create", "tone", "--arm", "a=", "--arm", "b=list=1", "--metric", "thumbs:proportion", "--metric",
