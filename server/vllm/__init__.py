@@ -3,6 +3,6 @@
 API server   middleware.py  body -> ResolvedSteering -> echo       identity.py  mix -> LoRARequest
              host.py        our routes and middleware on vLLM's application
 worker       loader.py      θ0 merged while weights are read       worker.py    LoRARequest -> mix -> weights
-             coefficients.py  the batched layer for CPUs     phase.py     prompts that are read unsteered (scheduler too)
+             slots.py       the batched layer for CPUs          phase.py     prompts that are read unsteered (scheduler too)
 all of them  settings.py    what the environment says              upstream.py  every name that we take from vLLM
 """

@@ -1,8 +1,8 @@
 """In every worker: LoRA request -> mix -> weights, composed from the resident atoms. Nothing is written or read.
 
 Two managers stand in for vLLM's own. `DenseManager` composes factors into vLLM's slots and leaves the rest, slicing for
-tensor parallelism included, to vLLM. `CoefficientManager` needs no slots of weights and no LoRA kernel: on CPUs vLLM's
-are slow, and give an unsteered row in a steered batch another row's adapter.
+tensor parallelism included, to vLLM. `HookManager` has slots and a batched layer of its own, for CPUs: vLLM's LoRA kernels
+there are slow, and give an unsteered row in a steered batch another row's adapter.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from atoms.adapter import Adapter, AtomBank, Delta
 from atoms.errors import AdapterError, EngineError
 from atoms.mix import Mix, digest_in_phase
 from atoms.package import Package
-from server.vllm.coefficients import BankedLinear, CoefficientTable, FusedPart
 from server.vllm.compiled import hook
 from server.vllm.identity import decode_path, digest_of_name, is_mix, phase_of_name
+from server.vllm.slots import FusedPart, MixSlots, SlottedLinear
 from server.vllm.upstream import (
     LoRALayerWeights,
     LoRAMapping,
@@ -50,7 +50,7 @@ def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
 
         def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
             self._mixes: dict[int, str] = {}
-            build = CoefficientManager if self.device.type == "cpu" else DenseManager
+            build = HookManager if self.device.type == "cpu" else DenseManager
             manager = build(
                 package,
                 model=model,
@@ -64,14 +64,29 @@ def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
             self._adapter_manager = manager
             return manager.model
 
+        def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+            """Called in each step with the mixes of its batch. Those that are in slots are marked as in use before others
+            come, which may then take none of theirs."""
+            for lora_request in lora_requests:
+                self._check_identity(lora_request)
+            new = {
+                lora_request
+                for lora_request in lora_requests
+                if not self._adapter_manager.use(lora_request.lora_int_id)
+            }
+            super()._apply_adapters(new)
+
         def add_adapter(self, lora_request: LoRARequest) -> bool:
+            self._check_identity(lora_request)
+            return super().add_adapter(lora_request)
+
+        def _check_identity(self, lora_request: LoRARequest) -> None:
             resident = self._adapter_manager.get_adapter(lora_request.lora_int_id)
             if isinstance(resident, MixAdapter) and resident.digest != digest_of_name(lora_request.lora_name):
                 raise EngineError(
                     f"id {lora_request.lora_int_id} belongs to mix {resident.digest} and came with "
                     f"{lora_request.lora_name}; two API processes share a range of ids"
                 )
-            return super().add_adapter(lora_request)
 
         def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
             if not is_mix(lora_request.lora_path):
@@ -104,6 +119,14 @@ class _MixManager(LRUCacheLoRAModelManager):
             self._registered_adapters[lora.id] = lora
         else:
             super()._add_adapter(lora)
+
+    def use(self, lora_id: int) -> bool:
+        """Whether `lora_id` is in a slot; it will then be among the last to lose it."""
+        if lora_id not in self._active_adapters:
+            return False
+        self._registered_adapters.touch(lora_id)
+        self._active_adapters.touch(lora_id)
+        return True
 
     def _module_names(self, bank: AtomBank) -> dict[str, str]:
         """vLLM's name -> the package's, of every adapted linear."""
@@ -173,14 +196,14 @@ class DenseManager(_MixManager):
         return LoRALayerWeights(name, rank, rank, factors.lora_A.to(dtype), b, scaling=1)
 
 
-class CoefficientManager(_MixManager):
-    """Hooks on vLLM's linears that add the steering of every row; see `server.vllm.coefficients`."""
+class HookManager(_MixManager):
+    """Hooks on vLLM's linears that add the steering of every row; see `server.vllm.slots`."""
 
     def _create_lora_modules(self) -> None:
         bank = self._package.bank
         names = self._module_names(bank)
         by_name = {module.name: module for module in bank.base.space.modules}
-        self._table = CoefficientTable(bank.ids, self.lora_slots)
+        self._slots = MixSlots(bank.ids, self.lora_slots)
         self._linears: list[_SteeredLinear] = []
         self._mapped = False
         found: set[str] = set()
@@ -194,8 +217,9 @@ class CoefficientManager(_MixManager):
             if parts:
                 _check_sizes(name, module, parts)
                 found |= {part.module.name for part in parts}
-                banked = BankedLinear(bank, parts, self._package.composition, module.params_dtype)
-                self._linears.append(_SteeredLinear(banked, self._table))
+                linear = SlottedLinear(bank, parts, self._package.composition, module.params_dtype, self.lora_slots)
+                self._slots.linears.append(linear)
+                self._linears.append(_SteeredLinear(linear, self._slots))
                 module.register_forward_hook(hook(self._linears[-1], name, self._layers))
         self._require_all(found, names)
 
@@ -210,13 +234,13 @@ class CoefficientManager(_MixManager):
         if activated:
             adapter = self._registered_adapters[lora_id]
             mix = adapter.mix if isinstance(adapter, MixAdapter) else Mix()
-            self._table.set(self.lora_index_to_id.index(lora_id), mix)
+            self._slots.set(self.lora_index_to_id.index(lora_id), mix)
         return activated
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
         slots = {lora_id: slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None}
         self._mapped = True
-        self._table.select([slots[lora_id] if lora_id > 0 else -1 for lora_id in mapping.index_mapping])
+        self._slots.select([slots[lora_id] if lora_id > 0 else -1 for lora_id in mapping.index_mapping])
 
     def remove_all_adapters(self) -> None:
         """vLLM calls this after each pass that warms the model up, when the steering must have been reached."""
@@ -224,21 +248,21 @@ class CoefficientManager(_MixManager):
             raise EngineError("the model ran and left linears unsteered: its compiled graph is not ours; remove vLLM's compile "
                               "cache, or give --enforce-eager")  # fmt: skip
         super().remove_all_adapters()
-        self._table.rows = None
+        self._slots.rows = None
 
 
 class _SteeredLinear:
-    """One linear's steering by the rows that `table` has selected. `reached` says whether the model has ever run it."""
+    """One linear's steering by the rows that are selected. `reached` says whether the model has ever run it."""
 
-    def __init__(self, linear: BankedLinear, table: CoefficientTable) -> None:
-        self._linear, self._table = linear, table
+    def __init__(self, linear: SlottedLinear, slots: MixSlots) -> None:
+        self._linear, self._slots = linear, slots
         self.reached = False
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """See `server.vllm.compiled.SteeredLinear`."""
         self.reached = True
-        if self._table.rows is not None:
-            self._linear.add(x.flatten(0, -2), y.view(-1, y.shape[-1]), self._table.rows)
+        if self._slots.rows is not None:
+            self._linear.add(x.flatten(0, -2), y.view(-1, y.shape[-1]), self._slots.rows)
 
 
 def _output_columns(module: Any, parts: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """Both managers on vLLM's own fused linears, without an engine: every row's output against the composed weight delta.
 
 The dense one is what GPUs run. vLLM's CPU kernels stand in for its GPU kernels here; they are right as long as no row of
-a batch is unsteered, so those are looked at with the coefficient manager alone.
+a batch is unsteered, so those are looked at with the hook manager alone.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def expected(
     return result
 
 
-@pytest.mark.parametrize("kind", ["DenseManager", "CoefficientManager"])
+@pytest.mark.parametrize("kind", ["DenseManager", "HookManager"])
 def test_every_row_gets_its_own_mix(build, model, tiny_package, mixes, kind: str) -> None:
     from server.vllm import worker
 
@@ -131,11 +131,11 @@ def test_every_row_gets_its_own_mix(build, model, tiny_package, mixes, kind: str
 
 
 def test_unsteered_rows_of_a_steered_batch_stay_bit_equal(build, model, tiny_package, mixes) -> None:
-    from server.vllm.worker import CoefficientManager
+    from server.vllm.worker import HookManager
 
     x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(2))
     plain = model.model.layers[0].self_attn.qkv_proj(x)[0].clone()
-    manager = build(CoefficientManager)
+    manager = build(HookManager)
     numbers = activate(manager, tiny_package, mixes)
     got = forward(manager, model, 0, x, [0, numbers[1], 0, numbers[0]])
     assert torch.equal(got[[0, 2]], plain[[0, 2]])
@@ -143,7 +143,7 @@ def test_unsteered_rows_of_a_steered_batch_stay_bit_equal(build, model, tiny_pac
     assert torch.equal(forward(manager, model, 0, x, [0, 0, 0, 0]), plain)
 
 
-@pytest.mark.parametrize("kind", ["DenseManager", "CoefficientManager"])
+@pytest.mark.parametrize("kind", ["DenseManager", "HookManager"])
 def test_a_slot_that_is_taken_over_has_nothing_of_the_mix_before(build, model, tiny_package, mixes, kind: str) -> None:
     from server.vllm import worker
 
@@ -158,11 +158,11 @@ def test_a_slot_that_is_taken_over_has_nothing_of_the_mix_before(build, model, t
 
 
 def test_a_model_without_the_packages_modules_is_refused(build, model) -> None:
-    from server.vllm.worker import CoefficientManager
+    from server.vllm.worker import HookManager
 
     model.model.layers = model.model.layers[:1]
     with pytest.raises(AdapterError, match=r"no linear for model\.layers\.1"):
-        build(CoefficientManager)
+        build(HookManager)
 
 
 @pytest.fixture
@@ -170,11 +170,11 @@ def worker_with(build, tiny_package: Package) -> Callable:
     """A worker manager around a model manager, without vLLM's own set-up."""
 
     def make():
-        from server.vllm.worker import CoefficientManager, worker_manager
+        from server.vllm.worker import HookManager, worker_manager
 
         kind = worker_manager(tiny_package)
         made = kind.__new__(kind)
-        made._adapter_manager = build(CoefficientManager)
+        made._adapter_manager = build(HookManager)
         made.lora_config = made._adapter_manager.lora_config
         return made
 
@@ -199,3 +199,26 @@ def test_a_worker_takes_mixes_and_checks_who_they_are(worker_with, tiny_package,
         worker.add_adapter(request("m-0000000000000000", 201, encode_path(mixes[1])))
     with pytest.raises(EngineError, match="is no mix"):
         worker.add_adapter(request("theirs", 202, "some/directory"))
+
+
+def test_a_batch_keeps_its_slots_when_more_mixes_come(worker_with, tiny_package, mixes) -> None:
+    """Four slots, all taken; then a batch of three of those mixes and a new one, in whatever order a set has."""
+    ids = [card.id for card in tiny_package.manifest.atoms]
+    many = [*mixes, *(Mix.of({ids[0]: 0.25 * step}) for step in range(1, 8))]
+    asked = [request(tiny_package.digest(mix), 300 + place, encode_path(mix)) for place, mix in enumerate(many)]
+    worker = worker_with()
+    worker._apply_adapters(set(asked[:4]))
+    for new in asked[4:]:
+        manager = worker._adapter_manager
+        oldest, *kept = list(manager._active_adapters)
+        slots = {number: manager.lora_index_to_id.index(number) for number in kept}
+        worker._apply_adapters({one for one in asked if one.lora_int_id in kept} | {new})
+        assert oldest not in manager._active_adapters
+        assert {number: manager.lora_index_to_id.index(number) for number in kept} == slots
+
+
+def test_an_id_in_a_slot_is_refused_for_another_mix(worker_with, tiny_package, mixes) -> None:
+    worker = worker_with()
+    worker._apply_adapters({request(tiny_package.digest(mixes[0]), 200, encode_path(mixes[0]))})
+    with pytest.raises(EngineError, match="belongs to mix"):
+        worker._apply_adapters({request(tiny_package.digest(mixes[1]), 200, encode_path(mixes[1]))})
