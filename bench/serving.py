@@ -11,7 +11,7 @@ ratio of generated tokens a second, the median of the pairs with its 95% interva
 than nine pairs).
 
     0x0    unsteered requests on the steering server
-    stockS vLLM's own LoRA with S slots and an adapter on disk for each of 16 mixes, against the same unsteered engine
+    stockS vLLM's own LoRA with S slots and an adapter on disk for each of max(16, S) mixes, against the same unsteered engine
     disk   the same with 16 slots, when every round's adapters are new: written, loaded and removed within the round
     ttft   milliseconds to the first token, one request at a time: unsteered, a mix seen before, one never seen
 
@@ -47,7 +47,7 @@ from bench.hosts import (
 
 CELLS = {
     "embedded": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "ttft"),
-    "vllm": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "stock16", "stock4", "disk", "ttft"),
+    "vllm": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "stock16", "stock64", "disk", "ttft"),
 }
 FIRST_TOKENS = ("unsteered", "warm", "new")
 _FIRSTS = 30
@@ -89,7 +89,8 @@ class Bench:
     def pair(self, cell: str, first: bool) -> tuple[float, float]:
         """Tokens a second without steering and in `cell`; `first` says whether the latter is asked first."""
         args = self.args
-        mixes, atoms = (16, 3) if not cell[0].isdigit() else (int(number) for number in cell.split("x"))
+        slots = 0 if cell[0].isdigit() else 16 if cell == "disk" else int(cell.removeprefix("stock"))
+        mixes, atoms = (max(16, slots), 3) if slots else (int(number) for number in cell.split("x"))
         rows = max(args.concurrency, mixes)
         tokens = max(4, args.tokens * 32 // max(rows, 32))
         prompts = [f"Question {self._draw.random()}: how does one bake good bread?" for _ in range(rows)]
@@ -98,13 +99,12 @@ class Bench:
         if args.host == "vllm":
             plain = [body(prompt, tokens, "plain") for prompt in prompts]
         drawn = [self.new_mix(atoms) for _ in range(mixes)] or [{}]
-        if cell[0].isdigit():
+        if not slots:
             url = self.url("steering", rows)
             bodies = [body(prompt, tokens, self.package.manifest.name) | {"steering": {"atoms": drawn[place % len(drawn)]}}
                       for place, prompt in enumerate(prompts)]  # fmt: skip
             runs = [lambda: rate(plain_url, plain), lambda: rate(url, bodies)]
         else:
-            slots = 16 if cell == "disk" else int(cell.removeprefix("stock"))
             url = self.url(f"stock{slots}", rows)
             runs = [lambda: rate(plain_url, plain), lambda: self.stock_rate(url, cell, prompts, tokens, drawn)]
         figures = [run() for run in (reversed(runs) if first else runs)]
@@ -241,7 +241,7 @@ def plot(host: str, results: dict, file: Path) -> None:
         axis.errorbar(
             [cell.split("x")[place] for cell in known], middles, errors, marker="o", capsize=3, label="atomsteer"
         )
-        for name, style in (("stock16", "--"), ("stock4", "-."), ("disk", ":")):
+        for name, style in (("stock16", "--"), ("stock64", "-."), ("disk", ":")):
             if name in ratios:
                 axis.axhline(ratios[name][1], linestyle=style, color="grey", label=_LINES[name])
         axis.set_xlabel(label)
@@ -256,7 +256,7 @@ def plot(host: str, results: dict, file: Path) -> None:
 
 _LINES = {
     "stock16": "vLLM LoRA, 16 slots, 16 mixes",
-    "stock4": "vLLM LoRA, 4 slots, 16 mixes",
+    "stock64": "vLLM LoRA, 64 slots, 64 mixes",
     "disk": "one adapter on disk for each strength",
 }
 
