@@ -41,7 +41,7 @@ from server.state import Snapshot, State
 from server.steering import Steering
 from server.store.schema import open_database
 from server.tracing import TracingMiddleware, make_tracer
-from server.vllm.exposure import OperatorMiddleware, operator_paths
+from server.vllm.exposure import OperatorMiddleware, operator_routes
 from server.vllm.identity import MixIdentities
 from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
 from server.vllm.scoring import measure_drift
@@ -65,7 +65,7 @@ class SteeringEndpoint:
             raise ConfigError(f"plugin {PLUGIN_NAME} is named in VLLM_PLUGINS and {PACKAGE_VARIABLE} is not set; name the "
                               "package's directory there")  # fmt: skip
         package = Package.read(config.package)
-        operators = operator_paths(getattr(route, "path", "") for route in app.routes)
+        operators = operator_routes(app.routes)
         names = app.state.args.served_model_name
         self._app = app
         self._model_path = app.state.args.model
@@ -100,7 +100,7 @@ class SteeringEndpoint:
                            drift=drift, score=self._score, stopped=self._stopped,
                            limits=config.limits)  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes, seconds=config.body_timeout)
-        app.add_middleware(OperatorMiddleware, paths=operators)
+        app.add_middleware(OperatorMiddleware, routes=operators)
         app.add_middleware(QuotaMiddleware, quotas=Quotas(config.quota), refused=metrics.limited)
         app.add_middleware(AuthMiddleware, keys=KeyRing.of(config), refused=metrics.key_refused)
         app.add_middleware(RequestContextMiddleware, traffic=self._traffic, metrics=metrics, access_log=config.access_log,

@@ -28,7 +28,7 @@ from server.limits import Limits
 from server.metrics import SteeringMetrics
 from server.state import Snapshot, State
 from server.steering import Steering
-from server.vllm.exposure import OperatorMiddleware, operator_paths
+from server.vllm.exposure import OperatorMiddleware, operator_routes
 from server.vllm.host import name_models, steer_engine
 from server.vllm.middleware import SteeringMiddleware, current, with_echo
 
@@ -217,9 +217,10 @@ async def test_an_operators_routes_need_an_admin_key(
         "/scale_elastic_ep",
         "/inference/v1/generate",
         "/new_in_0_99",
+        "/new_in_0_99/{number}",
     )
     app = Starlette(routes=[Route(path, _chat, methods=["POST"]) for path in paths])
-    app.add_middleware(OperatorMiddleware, paths=operator_paths(paths))
+    app.add_middleware(OperatorMiddleware, routes=operator_routes(app.routes))
     app.add_middleware(AuthMiddleware, keys=KeyRing((), ("boss",)))
     app.add_middleware(RequestContextMiddleware, traffic=traffic, metrics=metrics, access_log=False)
     client = AsyncClient(transport=ASGITransport(app), base_url="http://test")
