@@ -180,18 +180,19 @@ def measure_dictionary(options: argparse.Namespace) -> list[dict[str, object]]:
         everyone = torch.randperm(len(store), generator=torch.Generator().manual_seed(SEED))[: options.rows].tolist()
         training, unseen = everyone[len(everyone) // 7 :], store.rows(everyone[: len(everyone) // 7])
 
-        def measured(learner: str, iterations: int) -> dict[str, Any]:
-            config = DictionaryConfig(atoms=options.atoms, alpha=ALPHA, iterations=iterations, learner=learner)
+        def measured(**learner: Any) -> dict[str, Any]:
+            config = DictionaryConfig(atoms=options.atoms, alpha=ALPHA, **learner)
             learned, seconds = timed(lambda: learn_dictionary(store, training, config, SEED, QUIET))
             coding = SparseCoder(learned.atoms).coding(unseen, ALPHA, nonnegative=True)
-            return {"learner": learner, "iterations": iterations, "rows": len(training), "atoms": options.atoms,
+            iterations = len(learned.objectives) if config.learner == "blocks" else None  # scikit-learn does not tell
+            return {"learner": config.learner, "iterations": iterations, "rows": len(training), "atoms": options.atoms,
                     "seconds": seconds, "objective": learned.objectives[-1],
                     "objective held out": float(coding.objective.double().mean())}  # fmt: skip
 
-        theirs = measured("scikit-learn", 1)
-        rows = [theirs, measured("blocks", DictionaryConfig().iterations)]
+        theirs = measured(learner="scikit-learn")
+        rows = [theirs, measured()]
         for iterations in FEWER:
-            rows.append(measured("blocks", iterations))
+            rows.append(measured(iterations=iterations))
             if rows[-1]["objective held out"] <= theirs["objective held out"]:
                 break
         return [row | {"times as fast": theirs["seconds"] / row["seconds"]} for row in rows]

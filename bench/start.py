@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import httpx
 
@@ -34,13 +35,10 @@ def main() -> None:
     for dtype in ("auto", "float32"):
         options = ["serve", "--port", "0", "--package", args.package, "--model", args.model, "--dtype", dtype,
                    "--database", "none"]  # fmt: skip
-        report(f"`serve --dtype {dtype}` to /ready", lambda options=options: until_ready(options), args.runs)  # type: ignore[misc]
+        report(f"`serve --dtype {dtype}` to /ready", partial(until_ready, options), args.runs)
     for words in HELPS:
-        report(
-            f"`atomsteer {' '.join([*words, '--help'])}`",
-            lambda words=words: until_ended([*words, "--help"]),
-            args.runs,
-        )  # type: ignore[misc]
+        asked = [*words, "--help"]
+        report(f"`atomsteer {' '.join(asked)}`", partial(until_ended, asked), args.runs)
 
 
 def report(name: str, measure: Callable[[], float], runs: int) -> None:

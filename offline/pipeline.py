@@ -362,11 +362,9 @@ class Run:
     def _held_out_of(self, chosen: Sequence[int], store: RowStore, atoms: Tensor) -> dict[int, list[EncodedDocument]]:
         """The held-out documents of each of the `chosen` atoms: largest codes first, then largest positive cosines."""
         codes = encode(store, self.held_out, atoms, self.config.dictionary)
-        numbers, cosines = [], []
-        for block, rows in store.blocks(self.held_out):
-            numbers.append(block)
-            cosines.append(rows @ atoms[list(chosen)].T)
-        cosine = torch.cat(cosines)[torch.argsort(torch.cat(numbers))]  # (n, chosen), in the order of the codes
+        cosine = torch.empty(len(codes.documents), len(chosen))
+        for numbers, rows in store.blocks(self.held_out):
+            cosine[torch.searchsorted(codes.documents, numbers)] = rows @ atoms[list(chosen)].T
         found = {}
         for column, atom in enumerate(chosen):
             places, values = codes.of(atom)
