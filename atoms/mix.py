@@ -4,7 +4,7 @@ Knows atom ids as opaque strings. Names (aliases), ranges and budgets are resolv
 `server.steering`); weights are composed in `atoms.adapter`.
 
 A coefficient c_j is in units of calibrated drift: an atom at ±1 changes the next-token distribution by 0.05 nats a token
-on average, and KL(mix) ≈ ½ cᵀMc with M the package's drift matrix.
+on average. What a mix of several costs is predicted in `atoms.drift`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from atoms.errors import CoefficientError, MixError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DECODE_SUFFIX = "-decode"
 """Ends the digest of a mix that does not steer the prompt."""
@@ -76,13 +72,6 @@ class Mix:
         """
         body = [fingerprint, composition, [[content_hashes[atom], steps] for atom, steps in self.steps]]
         return "m-" + hashlib.sha256(json.dumps(body).encode()).hexdigest()[:16]
-
-    def predicted_kl(self, drift: Tensor, index: Mapping[str, int]) -> float:
-        """½ cᵀMc in nats a token. `drift` is M, (J, J); `index` maps atom ids to its rows."""
-        rows = [index[atom] for atom, _ in self]
-        coefficients = drift.new_tensor([value for _, value in self])
-        block = drift[rows][:, rows]  # (n, n), n = atoms in the mix
-        return max(0.0, 0.5 * float(coefficients @ block @ coefficients))
 
 
 def digest_in_phase(digest: str, mix: Mix, phase: str) -> str:

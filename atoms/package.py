@@ -39,6 +39,7 @@ from atoms.adapter import (
     split_linear,
     write_adapter,
 )
+from atoms.drift import DriftModel
 from atoms.errors import (
     CoefficientError,
     MixError,
@@ -146,9 +147,13 @@ class Package:
     def _content_hashes(self) -> Mapping[str, str]:
         return {card.id: card.content_hash for card in self.manifest.atoms}
 
+    @cached_property
+    def drift_model(self) -> DriftModel:
+        return DriftModel.of(self.drift, {card.id: card.kl_curve for card in self.manifest.atoms})
+
     def predicted_kl(self, mix: Mix) -> float:
-        """½ cᵀMc, nats a token."""
-        return mix.predicted_kl(self.drift, self.index)
+        """Predicted KL(unsteered ‖ mix), nats a token (`atoms.drift`)."""
+        return self.drift_model.kl(mix)
 
     def check_range(self, mix: Mix) -> None:
         """Raises CoefficientError for a coefficient outside its atom's tested range."""

@@ -2,10 +2,11 @@
 
     python -m bench.drift --package demo/package [--mixes 200] [--json FILE] [--plot FILE.png]
 
-Mixes have 1-8 atoms within their tested ranges, random signs and proportions, scaled so that ½ cᵀMc lies log-uniformly
-in 0.02 … 0.5 nats a token. KL(unsteered ‖ mix) is measured on sampled continuations of the last neutral prompts, in
-both compositions (--compositions). A prediction counts as good within a factor of 1.5. With --matrix-prompts N, M is
-measured again on the first N neutral prompts: how many does a calibration need?
+Mixes have 1-8 atoms within their tested ranges, random signs and proportions, scaled so that the prediction lies
+log-uniformly in 0.02 … 0.5 nats a token; beside it stands the quadratic one, ½ cᵀMc. KL(unsteered ‖ mix) is measured
+on sampled continuations of the last neutral prompts, in both compositions (--compositions). A prediction counts as good
+within a factor of 1.5. With --matrix-prompts N, M is measured again on the first N neutral prompts: how many does a
+calibration need?
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from atoms.adapter import Composition
+from atoms.drift import DriftModel
 from atoms.mix import Mix
 from atoms.model import choose_device, load_model, merge_adapter
 from atoms.package import Package
@@ -49,7 +51,8 @@ def main() -> None:
     package = Package.read(options.package)
     rows = list(measure(package, options, Progress()))
     for composition in options.compositions:
-        print(f"{composition:<10}{summary(rows, composition)}")
+        for prediction in ("predicted", "quadratic"):
+            print(f"{composition:<10} {prediction:<10} {summary(rows, composition, prediction)}")
     if options.plot:
         scatter(rows, options.compositions[0], options.plot)
     if options.json:
@@ -63,13 +66,15 @@ def measure(package: Package, options: argparse.Namespace, progress: Progress) -
     if used + options.prompts > len(prompts):
         raise SystemExit(f"M is of {used} of the {len(prompts)} neutral prompts; ask for fewer --prompts")
     loaded = load_merged(package)
-    drift = package.drift
+    curves = {card.id: card.kl_curve for card in package.manifest.atoms}
+    matrix = package.drift
     if options.matrix_prompts:
-        drift = matrix(package, make_meter(package, loaded, prompts[:used], options), progress)
+        matrix = measured_matrix(package, make_meter(package, loaded, prompts[:used], options), progress)
+    model, quadratic = DriftModel.of(matrix, curves), DriftModel.of(matrix, dict.fromkeys(curves, ()))
     meter = make_meter(package, loaded, prompts[-options.prompts :], options)
     with progress.task("drift of mixes", options.mixes, "mixes") as bar:
-        for mix in random_mixes(package, drift, options.mixes, options.seed):
-            row = {"atoms": mix.as_dict(), "predicted": mix.predicted_kl(drift, package.index)}
+        for mix in random_mixes(package, model, options.mixes, options.seed):
+            row = {"atoms": mix.as_dict(), "predicted": model.kl(mix), "quadratic": quadratic.kl(mix)}
             for composition in options.compositions:
                 row[composition] = meter.kl_of(package.bank.compose(mix, composition))
             yield row
@@ -84,7 +89,7 @@ def load_merged(package: Package) -> tuple:
     return model, tokenizer
 
 
-def matrix(package: Package, meter: DriftMeter, progress: Progress) -> Tensor:
+def measured_matrix(package: Package, meter: DriftMeter, progress: Progress) -> Tensor:
     """M (J, J) on the meter's continuations, in the package's order of atoms."""
     directions = [package.bank.direction(Mix.of({card.id: 1.0})) for card in package.manifest.atoms]
     with progress.task("drift matrix", sum(len(b.documents) for b in meter.batches), "prompts") as bar:
@@ -101,7 +106,7 @@ def make_meter(package: Package, loaded: tuple, prompts: list[str], options: arg
     return DriftMeter(steered, package.base_adapter, "linear", make_batches(made, 1024, model.device))
 
 
-def random_mixes(package: Package, drift: Tensor, count: int, seed: int) -> Iterator[Mix]:
+def random_mixes(package: Package, model: DriftModel, count: int, seed: int) -> Iterator[Mix]:
     """Mixes within the atoms' tested ranges; those that would leave them are drawn again."""
     generator = torch.Generator().manual_seed(seed)
     ids, made = list(package.bank.ids), 0
@@ -112,15 +117,19 @@ def random_mixes(package: Package, drift: Tensor, count: int, seed: int) -> Iter
         raw = Mix.of({ids[i]: v for i, v in zip(chosen, torch.randn(size, generator=generator).tolist(), strict=True)})
         span = math.log(NATS[1] / NATS[0])
         target = NATS[0] * math.exp(span * float(torch.rand((), generator=generator)))
-        mix = raw.scaled(math.sqrt(target / max(raw.predicted_kl(drift, package.index), 1e-9)))
-        if mix and all(ranges[atom][0] <= c <= ranges[atom][1] for atom, c in mix):
+        factor = 1.0
+        for _ in range(8):  # √KL is all but linear in the factor
+            factor *= math.sqrt(target / max(model.kl(raw.scaled(factor)), 1e-9))
+        mix = raw.scaled(factor)
+        within = all(ranges[atom][0] <= c <= ranges[atom][1] for atom, c in mix)
+        if within and 0.99 * NATS[0] <= model.kl(mix) <= 1.01 * NATS[1]:
             made += 1
             yield mix
 
 
-def summary(rows: list[dict], composition: str) -> str:
+def summary(rows: list[dict], composition: str, prediction: str) -> str:
     """Share within the factor, and the spread of measured over predicted."""
-    ratios = torch.tensor([row[composition] / max(row["predicted"], 1e-9) for row in rows], dtype=torch.float64)
+    ratios = torch.tensor([row[composition] / max(row[prediction], 1e-9) for row in rows], dtype=torch.float64)
     good = float(((ratios < FACTOR) & (ratios > 1 / FACTOR)).double().mean())
     low, middle, high = torch.quantile(ratios, ratios.new_tensor([0.05, 0.5, 0.95])).tolist()
     return f"{good:.0%} of {len(rows)} within {FACTOR}; measured / predicted 5%, 50%, 95%: {low:.2f}, {middle:.2f}, {high:.2f}"

@@ -11,7 +11,6 @@ errors are the table of `SteeringRequest`; nothing is accepted and ignored.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,8 @@ OnExceed = Literal["error", "scale"]
 FIELDS = ("atoms", "preset", "experiment", "max_kl", "on_exceed", "allow_out_of_range", "phase")
 _LONGEST_NAME = 64  # of an alias or preset; a longer one cannot exist and is not echoed at length
 _KL_DIGITS = 6
+_HALVINGS = 24
+"""Of the interval in which a mix's factor for `max_kl` is sought: 6e-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +315,14 @@ class Steering:
                 'coefficients, a larger max_kl, or "on_exceed": "scale"',
                 param="steering.max_kl",
             )
-        factor = math.sqrt(budget / kl)  # KL is quadratic in the coefficients
-        scaled = mix.scaled(factor)
-        while self.predicted_kl(scaled) > budget:  # rounding single coefficients towards zero can raise a cross term
-            factor *= 0.999
-            scaled = mix.scaled(factor)
-        return scaled, factor
+        factor, above = 0.0, 1.0
+        for _ in range(_HALVINGS):  # what a mix costs has no closed inverse; `factor` always keeps to the budget
+            middle = (factor + above) / 2
+            if self.predicted_kl(mix.scaled(middle)) <= budget:
+                factor = middle
+            else:
+                above = middle
+        return mix.scaled(factor), factor
 
     def predicted_kl(self, mix: Mix) -> float:
         """Nats a token, rounded to 1e-6."""

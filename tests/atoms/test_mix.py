@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
 from atoms.errors import CoefficientError, MixError
 from atoms.mix import MAX_COEFFICIENT, Mix, parse_mix
@@ -63,15 +62,6 @@ def test_scaling_never_exceeds_the_factor() -> None:
     assert scaled == {"a-1": 0.3333, "a-2": -0.0001}
     assert mix.scaled(1.0) == mix
     assert mix.scaled(1e-9) == Mix()
-
-
-def test_predicted_kl_is_the_quadratic_form_of_the_mixed_atoms_only() -> None:
-    drift = torch.tensor([[0.1, 0.02, 9.0], [0.02, 0.1, 9.0], [9.0, 9.0, 9.0]])
-    index = {"a-1": 0, "a-2": 1, "a-3": 2}
-    assert Mix().predicted_kl(drift, index) == 0.0
-    assert Mix.of({"a-1": 1}).predicted_kl(drift, index) == pytest.approx(0.05)
-    assert Mix.of({"a-1": 1, "a-2": 2}).predicted_kl(drift, index) == pytest.approx(0.5 * (0.1 + 0.4 + 2 * 2 * 0.02))
-    assert Mix.of({"a-1": 1, "a-2": -2}).predicted_kl(drift, index) == pytest.approx(0.5 * (0.1 + 0.4 - 2 * 2 * 0.02))
 
 
 def test_texts_are_parsed_and_names_may_hold_signs() -> None:
