@@ -23,7 +23,7 @@ from server.context import ARM_HEADER, MIX_HEADER, REQUEST_ID_HEADER, RequestCon
 from server.embedded.generation import ServedEngine
 from server.embedded.openai_routes import OpenAIRoutes
 from server.embedded.openapi import openapi_router
-from server.embedded.versions import Version, Versions
+from server.embedded.versions import EngineVersion, EngineVersions
 from server.experiments.drift import DriftSampler
 from server.metrics import ServerMetrics
 from server.quotas import QuotaMiddleware, Quotas
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 class Application:
     """What uvicorn serves. Engines are closed by `close`, whichever version they belong to."""
 
-    def __init__(self, versions: Versions, outermost: ASGIApp, reload: Reload) -> None:
+    def __init__(self, versions: EngineVersions, outermost: ASGIApp, reload: Reload) -> None:
         self._versions = versions
         self._outermost = outermost
         self.reload = reload
@@ -84,11 +84,11 @@ def create_app(
         with metrics.counting_reloads():
             return await versions.reload()
 
-    def version_of(package: Package, engine: ServedEngine, vocabulary: int | None) -> Version:
-        return Version(package, engine, _routes(package, engine, vocabulary, config, metrics, traffic, state, drift,
+    def version_of(package: Package, engine: ServedEngine, vocabulary: int | None) -> EngineVersion:
+        return EngineVersion(package, engine, _routes(package, engine, vocabulary, config, metrics, traffic, state, drift,
                                                 reload))  # fmt: skip
 
-    versions = Versions(
+    versions = EngineVersions(
         version_of(package, engine, vocabulary),
         lambda loaded: version_of(loaded.package, loaded.engine, loaded.vocabulary),
         load,
@@ -139,8 +139,8 @@ def _guarded(app: ASGIApp, config: ServeConfig, metrics: ServerMetrics, traffic:
             app,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", REQUEST_ID_HEADER],
-            expose_headers=[REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER],
+            allow_headers=["*"],  # SDKs in browsers send a dozen of their own, such as X-Stainless-OS
+            expose_headers=[REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER, "Retry-After", "x-should-retry"],
         )
     app = RequestContextMiddleware(app, traffic, metrics, config.access_log, config.log_prompts)
     tracer = make_tracer(os.environ)

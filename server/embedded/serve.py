@@ -16,7 +16,6 @@ import asyncio
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
 
-from atoms.errors import AtomsteerError, ConfigError
+from atoms.errors import ConfigError
 from server.config import ServeConfig
 from server.logs import set_up_logging
 
@@ -149,25 +148,17 @@ class DrainingServer(uvicorn.Server):
         self._greeting = greeting
         self._deadline = 0.0
         self._reload = reload
-        self._reloading: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
         except OSError as error:
             raise ConfigError(f"cannot listen: {error.strerror or error}; choose another --port") from error
-        if self._reload is not None and hasattr(signal, "SIGHUP"):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup, self._reload)
+        if self._reload is not None:
+            from server.versions import reload_at_hangup
+
+            reload_at_hangup(self._reload)
         _say(self._greeting)
-
-    def _handle_hangup(self, reload: Reload) -> None:
-        async def logged() -> None:
-            try:
-                await reload()
-            except AtomsteerError as error:
-                _log.error("SIGHUP: %s", error)
-
-        self._reloading = asyncio.create_task(logged())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain; a second signal ends the wait."""
