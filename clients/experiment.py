@@ -259,7 +259,8 @@ def plan(
     ] = None,
     arms: Annotated[int | None, typer.Option(min=2, help="Arms in all, of equal shares; default: 2.")] = None,
     shares: Annotated[
-        str | None, typer.Option(help='Shares of the arms instead, the control\'s first, such as "0.1,0.45,0.45".')
+        str | None,
+        typer.Option(help='Shares of the arms instead, the control\'s first, such as "0.1,0.45,0.45" or "1,1,2".'),
     ] = None,
     power: Annotated[float, typer.Option(help="Probability of finding the effect.")] = 0.8,
     alpha: Annotated[float, typer.Option(help="Probability of finding one that is not there.")] = 0.05,

@@ -218,6 +218,13 @@ async def test_cors_is_off_unless_set(client_of: Callable[..., AsyncClient], loc
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
         other = await client.options("/v1/models", headers=preflight | {"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
+        asked = "authorization,content-type,x-stainless-os"  # some of what the SDK sends in a browser
+        sdk = await client.options("/v1/models", headers=preflight | {"Access-Control-Request-Headers": asked})
+        assert sdk.status_code == 200
+        assert set(asked.split(",")) <= set(sdk.headers["access-control-allow-headers"].replace(" ", "").split(","))
+        refused = await client.get("/v1/models", headers={"Origin": "https://app.example"})
+        assert refused.status_code == 401
+        assert {"Retry-After", "x-should-retry"} <= set(refused.headers["access-control-expose-headers"].split(", "))
 
 
 async def test_logs_hold_no_prompt(client: AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
