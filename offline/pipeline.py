@@ -55,6 +55,7 @@ from offline.curvature import (
 from offline.dictionary import Dictionary, encode, learn_dictionary
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
+from offline.memory import return_freed_memory
 from offline.models import frozen_lora
 from offline.passes import quicken
 from offline.progress import Progress
@@ -73,6 +74,7 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
 
     Every rank calls it with the same configuration, and returns when the package is there.
     """
+    return_freed_memory()
     run = Run(config, progress, ranks)
     adapter = run.adapter()
     projection = run.projection(adapter)
