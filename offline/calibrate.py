@@ -2,7 +2,7 @@
 
 KL(unsteered ‖ steered) is averaged over the tokens of the unsteered model's own continuations of neutral prompts. With
 δz_j the change of the logits at coefficient 1,
-    M_jk = mean over tokens of cov_p(δz_j, δz_k),      KL(mix) ≈ ½ cᵀMc,
+    M_jk = mean over tokens of cov_p(δz_j, δz_k),      KL(mix) ≈ ½ cᵀMc for small c (for others: atoms/drift.py),
 the exact Fisher inner products of the atoms, cross-matrix terms included. δz_j is the central difference
 (z(+h) − z(−h)) / 2h with h below 1: logits saturate, and h = 1 was seen to understate the KL of small mixes by 20-30%.
 

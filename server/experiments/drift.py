@@ -4,7 +4,7 @@
                      ->  score       the engine reads prompt and answer again, steered and not     background
                      ->  Recorder    the outcome `measured_kl` of the response
 
-Measured and predicted KL are one quantity: KL(unsteered ‖ steered), nats a token. The predicted one, ½ cᵀMc, rests on
+Measured and predicted KL are one quantity: KL(unsteered ‖ steered), nats a token. The predicted one (atoms/drift.py) rests on
 texts that the unsteered model wrote for calibration; the measured one is averaged over the tokens of the answer that was
 given. Knows no engine: a host says how to score.
 """
