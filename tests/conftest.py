@@ -29,8 +29,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from atoms.adapter import Adapter
 from atoms.model import merge_adapter
-from atoms.package import Package
+from atoms.package import Package, PackageContents, write_package
 from offline.config import (
     CalibrateConfig,
     CurvatureConfig,
@@ -251,3 +252,27 @@ def wait_for() -> Callable[..., bool]:
         return True
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def another_version() -> Callable[..., Package]:
+    """`another_version(package, path, version, sign=-1, keep=None, base_scale=1, broken=False)`: the package as another
+    version at `path`, with all atoms multiplied by `sign`, the first `keep` of them, and θ0 scaled. `broken` leaves the
+    atoms other than their cards say, which only who reads their weights can see."""
+
+    def make(package: Package, path: Path, version: str, *, sign: float = -1.0, keep: int | None = None,
+             base_scale: float = 1.0, broken: bool = False) -> Package:  # fmt: skip
+        old, space = package.base_adapter, package.base_adapter.space
+        base = Adapter(space, {key: tensor * base_scale for key, tensor in old.tensors.items()}, old.targets)
+        cards, directions = [], {}
+        for card in package.manifest.atoms[:keep]:
+            directions[card.id] = package.bank.direction(package.mix({card.id: sign}))
+            content_hash = card.content_hash if broken else space.hash_tensors(directions[card.id])
+            cards.append(card.model_copy(update={"content_hash": content_hash}))
+        changes = {"version": version, "atoms": cards, "adapter_hash": base.content_hash()}
+        drift = package.drift[: len(cards), : len(cards)].clone()
+        contents = PackageContents(package.manifest.model_copy(update=changes), base, directions, {"M": drift},
+                                   {"mean": torch.zeros(1)}, {})  # fmt: skip
+        return write_package(path, contents)
+
+    return make

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
+from starlette.routing import BaseRoute
 
 from atoms.engine import Phase
 from atoms.errors import AtomsteerError, ConfigError, EngineStoppedError
@@ -24,7 +25,7 @@ from atoms.package import Package
 from server.auth import AuthMiddleware, KeyRing
 from server.body import BodyLimitMiddleware
 from server.context import RequestContextMiddleware, Traffic
-from server.errors import NotSupportedHereError
+from server.errors import ReloadError
 from server.experiments.drift import Answered, DriftSampler
 from server.logs import set_up_logging
 from server.metrics import SteeringMetrics
@@ -41,11 +42,13 @@ from server.state import Snapshot, State
 from server.steering import Steering
 from server.store.schema import open_database
 from server.tracing import TracingMiddleware, make_tracer
+from server.versions import reload_at_hangup
 from server.vllm.exposure import OperatorMiddleware, operator_routes
 from server.vllm.identity import MixIdentities
 from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
 from server.vllm.scoring import measure_drift
 from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings
+from server.vllm.versions import WorkerVersion, WorkerVersions
 
 _LOOK_SECONDS = 0.2
 _OUR_HEALTH = ("/ready", "/version")  # vLLM's own /health knows whether its engine lives, its /metrics has ours too
@@ -64,39 +67,30 @@ class SteeringEndpoint:
         if config is None:
             raise ConfigError(f"plugin {PLUGIN_NAME} is named in VLLM_PLUGINS and {PACKAGE_VARIABLE} is not set; name the "
                               "package's directory there")  # fmt: skip
-        package = Package.read(config.package)
-        operators = operator_routes(app.routes)
-        names = app.state.args.served_model_name
-        self._app = app
+        self._app, self._config = app, config
         self._model_path = app.state.args.model
+        self._names = app.state.args.served_model_name
+        operators = operator_routes(app.routes)
+        package = Package.read(config.package)
         database = open_database(url) if (url := config.database_url()) else None
-        state = State(database, package.manifest.name) if database else None
-        steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
-        if names and config.served_model_name is None:
-            steering = replace(steering, served_name=names[0])
-        steering = replace(steering, phases=lambda: self._phases)
-        self._steering = steering
+        self._state = State(database, package.manifest.name) if database else None
         set_up_logging(config.log_format, "atomsteer")  # vLLM sets up its own loggers alone
         self._traffic = Traffic()
         self._stopped = asyncio.Event()
         self._engine: Any = None
         self._phases: tuple[Phase, ...] = ("all",)
-        metrics = SteeringMetrics(REGISTRY)
-        metrics.describe(lambda: package.manifest)
-        drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
+        self._length: int | None = None
+        self._created = int(time.time())
+        self._metrics = metrics = SteeringMetrics(REGISTRY)
+        self._own_routes: list[BaseRoute] = []
+        self._versions = versions = WorkerVersions(self._version(package), self._read, self._show)
+        metrics.describe(lambda: versions.current.package.manifest)
+        drift = DriftSampler(self._state.recorder, config.drift, metrics) if self._state else None
         if drift is not None:
             metrics.watch(drift.recorder)
-        health = health_router(package.manifest, metrics, self._is_ready)
-        with _added_first(app):
-            app.include_router(atoms_router(package, allow_training_text=config.allow_training_text))
-            app.include_router(preview_router(steering, metrics))
-            app.include_router(presets_router(steering, state))
-            app.include_router(experiments_router(steering, state))
-            app.include_router(units_router(state))
-            app.include_router(admin_router(_cannot_reload))
-            app.router.routes.extend(route for route in health.routes if getattr(route, "path", "") in _OUR_HEALTH)
+        self._show(versions.current)
         install_error_handlers(app)
-        app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=self._traffic,
+        app.add_middleware(SteeringMiddleware, versions=versions, metrics=metrics, traffic=self._traffic,
                            drift=drift, score=self._score, stopped=self._stopped,
                            limits=config.limits)  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes, seconds=config.body_timeout)
@@ -107,30 +101,81 @@ class SteeringEndpoint:
                            log_prompts=config.log_prompts)  # fmt: skip
         if (tracer := make_tracer(os.environ)) is not None:
             app.add_middleware(TracingMiddleware, tracer=tracer)
-        if state is not None:
-            _on_shutdown(app, state.close)
+        if self._state is not None:
+            _on_shutdown(app, self._state.close)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Puts mixes on the requests to the engine, and has every worker compose one. Raises what that raises."""
         parallel = engine_client.vllm_config.parallel_config
         self._phases = ("all",) if engine_client.vllm_config.use_v2_model_runner else ("all", "decode")
         identities = MixIdentities(parallel._api_process_rank, parallel._api_process_count)
-        await _probe(engine_client, self._steering.package, identities)
+        await _probe(engine_client, self._versions.current.package, identities)
         steer_engine(engine_client, identities, self._traffic, self._stopped)
-        name_models(state.openai_serving_models, self._steering, self._model_path)
-        length = engine_client.model_config.max_model_len
+        name_models(state.openai_serving_models, self._versions, self._model_path)
         self._traffic.slots = engine_client.vllm_config.scheduler_config.max_num_seqs
-        with _added_first(self._app):
-            self._app.include_router(models_router(self._steering, max_model_len=length, created=int(time.time())))
+        self._length = engine_client.model_config.max_model_len
+        self._show(self._versions.current)
+        self._versions.connect(engine_client, parallel._api_process_count)
+        if parallel._api_process_count == 1:
+            reload_at_hangup(self._reload)
         self._engine, self._identities = engine_client, identities
 
-    async def _score(self, answered: Answered) -> float:
+    def _version(self, package: Package) -> WorkerVersion:
+        """Raises ConfigError for presets that cannot be applied."""
+        state, config = self._state, self._config
+        steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
+        if self._names and config.served_model_name is None:
+            steering = replace(steering, served_name=self._names[0])
+        return WorkerVersion(package, replace(steering, phases=lambda: self._phases))
+
+    def _read(self) -> WorkerVersion:
+        """The version at the package's path. Its atoms are the workers' to read. Raises what is wrong with it."""
+        package = Package.read(self._config.package)
+        _ = package.drift_model  # read now: another version may lie there later
+        return self._version(package)
+
+    def _show(self, version: WorkerVersion) -> None:
+        """Puts our routes on `version` in the place of those before, and before vLLM's, whose paths they may replace. What
+        runs on those before goes on."""
+        app, steering, metrics = self._app, version.steering, self._metrics
+        routes = app.router.routes
+        others = [route for route in routes if not any(route is own for own in self._own_routes)]
+        known = len(routes)
+        app.include_router(atoms_router(version.package, allow_training_text=self._config.allow_training_text))
+        app.include_router(preview_router(steering, metrics))
+        app.include_router(presets_router(steering, self._state))
+        app.include_router(experiments_router(steering, self._state))
+        app.include_router(units_router(self._state))
+        app.include_router(admin_router(self._reload))
+        if self._length is not None:
+            app.include_router(models_router(steering, max_model_len=self._length, created=self._created))
+        health = health_router(version.package.manifest, metrics, self._is_ready)
+        routes.extend(route for route in health.routes if getattr(route, "path", "") in _OUR_HEALTH)
+        self._own_routes = routes[known:]
+        routes[:] = [*self._own_routes, *others]
+
+    async def _reload(self) -> tuple[Package, Package]:
+        """Raises what `Versions.reload` does. An engine that has stopped answers nobody, and ends the wait."""
+        with self._metrics.counting_reloads():
+            work = asyncio.create_task(self._versions.reload())
+            stopped = asyncio.create_task(self._stopped.wait())
+            try:
+                await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ReloadError("the server is shutting down")
+                return work.result()
+            finally:
+                stopped.cancel()
+                work.cancel()
+
+    async def _score(self, version: WorkerVersion, answered: Answered) -> float:
         """While other requests wait for a place in the batch, so does this."""
         while self._traffic.generating >= self._traffic.slots:
             await asyncio.sleep(_LOOK_SECONDS)
         if self._traffic.draining:
             raise EngineStoppedError("the server is shutting down")
-        return await measure_drift(self._engine, answered, self._identities.of(answered.mix, answered.digest))
+        with version.used():
+            return await measure_drift(self._engine, answered, self._identities.of(answered.mix, answered.digest))
 
     def _is_ready(self) -> bool:
         return self._engine is not None and not self._engine.errored and not self._traffic.draining
@@ -170,41 +215,44 @@ def steer_engine(engine: Any, identities: MixIdentities, traffic: Traffic, stopp
     engine.generate, engine.shutdown = steered, draining
 
 
-def name_models(models: Any, steering: Steering, path: str) -> None:
+def name_models(models: Any, versions: WorkerVersions, path: str) -> None:
     """Makes vLLM's handlers know the served name and its presets, and answer under the name that was asked for."""
     from server.vllm.upstream import BaseModelPath
 
+    served_name = versions.current.steering.served_name
+
     def is_base_model(name: str) -> bool:
+        call = current.get()
+        version = call.version if call is not None else versions.current
         try:
-            steering.preset_of_model(name)
+            version.steering.preset_of_model(name)
         except AtomsteerError:
             return False
         return True
 
     def model_name(_lora_request: object = None) -> str:
         call = current.get()
-        return call.model if call is not None else steering.served_name
+        return call.model if call is not None else served_name
 
-    models.base_model_paths[:] = [BaseModelPath(name=steering.served_name, model_path=path)]
+    models.base_model_paths[:] = [BaseModelPath(name=served_name, model_path=path)]
     models.is_base_model, models.model_name = is_base_model, model_name
 
 
-async def _observed(outputs: AsyncIterator[Any], call: SteeredCall) -> AsyncIterator[Any]:
+async def _observed(outputs: AsyncGenerator[Any], call: SteeredCall) -> AsyncIterator[Any]:
     """Passes `outputs` on, and notes what was read and generated. Each output has either what is new or all that there
-    is."""
+    is. The call's version is used until the engine has been told that nothing more is wanted."""
     begun = False
-    async for output in outputs:
-        if not begun:
-            begun = True
-            call.read(output.request_id, output.prompt_token_ids or ())
-        for answer in output.outputs:
-            call.observe(output.request_id, answer.index, answer.text, answer.token_ids, answer.finish_reason)
-        yield output
-
-
-async def _cannot_reload() -> tuple[Package, Package]:
-    raise NotSupportedHereError("vLLM has the base adapter in its weights and cannot change the package in place; start a "
-                                "replica on the new version, move the traffic, then stop this one")  # fmt: skip
+    with call.version.used():
+        try:
+            async for output in outputs:
+                if not begun:
+                    begun = True
+                    call.read(output.request_id, output.prompt_token_ids or ())
+                for answer in output.outputs:
+                    call.observe(output.request_id, answer.index, answer.text, answer.token_ids, answer.finish_reason)
+                yield output
+        finally:
+            await outputs.aclose()
 
 
 async def _probe(engine: Any, package: Package, identities: MixIdentities) -> None:
@@ -215,15 +263,6 @@ async def _probe(engine: Any, package: Package, identities: MixIdentities) -> No
         mix = Mix.of({card.id: 1.0})
         name, number, path = identities.of(mix, package.digest(mix))
         await engine.add_lora(LoRARequest(lora_name=name, lora_int_id=number, lora_path=path))
-
-
-@contextmanager
-def _added_first(app: FastAPI) -> Iterator[None]:
-    """Routes that the block adds come before those that are there, whose paths they may replace."""
-    routes = app.router.routes
-    known = len(routes)
-    yield
-    routes[:] = [*routes[known:], *routes[:known]]
 
 
 def _on_shutdown(app: FastAPI, close: Callable[[], None]) -> None:

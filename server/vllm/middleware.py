@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pydantic_core import from_json
@@ -21,27 +23,32 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from atoms.errors import AtomsteerError, EngineStoppedError
 from server.context import RequestContext, Traffic, begin_generating
 from server.errors import InvalidFieldError, InvalidJSONError, UnsupportedFieldError, error_body
-from server.experiments.drift import DriftSampler, Score
+from server.experiments.drift import Answered, DriftSampler
 from server.experiments.recording import Choice, FinishedResponse
 from server.experiments.spec import Subject
 from server.limits import Limits
 from server.metrics import SteeringMetrics
 from server.responses import error_response
 from server.routes import is_own_path
-from server.steering import ResolvedSteering, Steering
+from server.steering import ResolvedSteering
 from server.vllm.exposure import GENERATING_PATHS
+from server.vllm.versions import WorkerVersion, WorkerVersions
 
 STEERED_PATHS = frozenset({
     "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
 })  # fmt: skip
 current: ContextVar[SteeredCall | None] = ContextVar("atomsteer_call", default=None)
 """The request that this task works for. Tasks started for it inherit it."""
+Score = Callable[[WorkerVersion, Answered], Awaitable[float]]
+"""As `server.experiments.drift.Score`, of an answer by a mix of that version."""
 
 
 @dataclass
 class SteeredCall:
-    """One request on its way through vLLM. `choices` is what the engine has generated for it, if it is recorded."""
+    """One request on its way through vLLM, steered by a mix of `version`. `choices` is what the engine has generated for it,
+    if it is recorded."""
 
+    version: WorkerVersion
     steering: ResolvedSteering
     model: str
     prompt: str = ""
@@ -83,7 +90,7 @@ class SteeringMiddleware:
     def __init__(
         self,
         app: ASGIApp,
-        steering: Steering,
+        versions: WorkerVersions,
         metrics: SteeringMetrics,
         traffic: Traffic,
         drift: DriftSampler | None,
@@ -94,7 +101,7 @@ class SteeringMiddleware:
         self._app = app
         self._limits = limits
         self._stopped = stopped
-        self._steering = steering
+        self._versions = versions
         self._metrics = metrics
         self._traffic = traffic
         self._drift = drift
@@ -112,7 +119,8 @@ class SteeringMiddleware:
         token = current.set(call)
         try:
             answered = call if scope["path"] in STEERED_PATHS else None
-            await self._run(scope, replayed, _Answer(answered, send, self._drift, self._score))
+            with call.version.used() if call is not None else nullcontext():
+                await self._run(scope, replayed, _Answer(answered, send, self._drift, self._score))
         finally:
             current.reset(token)
 
@@ -146,21 +154,22 @@ class SteeringMiddleware:
             return None
         context.prompt = body.get("messages", body.get("prompt", body.get("input")))
         self._check_limits(body)
-        model = body.get("model") or self._steering.served_name
+        version = self._versions.current
+        model = body.get("model") or version.steering.served_name
         if not isinstance(model, str):
             raise InvalidFieldError("model must be a text", "model")
         user, metadata = body.get("user"), body.get("metadata")
         subject = Subject(user if isinstance(user, str) else None, metadata if isinstance(metadata, dict) else {},
                           Headers(scope=scope))  # fmt: skip
-        preset = self._steering.preset_of_model(model)
+        preset = version.steering.preset_of_model(model)
         with self._metrics.counting_refusals():
-            resolved = self._steering.resolve(body.get("steering"), model_preset=preset, admin=scope["state"]["admin"],
-                                              subject=subject)  # fmt: skip
+            resolved = version.steering.resolve(body.get("steering"), model_preset=preset, admin=scope["state"]["admin"],
+                                                subject=subject)  # fmt: skip
         context.steering = resolved
         self._metrics.steered(resolved)
         if self._drift is not None:
             self._drift.recorder.exposed(resolved.assignment)
-        return SteeredCall(resolved, model, _prompt(body), context=context)
+        return SteeredCall(version, resolved, model, _prompt(body), context=context)
 
     def _check_limits(self, body: Mapping[str, Any]) -> None:
         """Raises InvalidFieldError for longer answers, more of them, or more log-probabilities a token than may be asked for.
@@ -194,7 +203,8 @@ class SteeringMiddleware:
         if scope["path"] in GENERATING_PATHS:
             begin_generating(context, self._traffic)
             self._check_limits(body)
-        return SteeredCall(self._steering.resolve(None), self._steering.served_name, context=context)
+        version = self._versions.current
+        return SteeredCall(version, version.steering.resolve(None), version.steering.served_name, context=context)
 
 
 class _Answer:
@@ -265,7 +275,7 @@ class _Answer:
             drift.recorder.finished(assignment, FinishedResponse(self._response_id, choices, call.context.seconds,
                                                                  call.first_token_seconds))  # fmt: skip
             prompt = call.first[1] if call.first is not None else ()
-            drift.offer(call.steering, self._response_id, prompt, call.response, self._score)
+            drift.offer(call.steering, self._response_id, prompt, call.response, partial(self._score, call.version))
         elif self._status >= 500:
             drift.recorder.finished(assignment, FinishedResponse(call.context.request_id, (), call.context.seconds,
                                                                  status=self._status))  # fmt: skip

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LOAD_FORMAT = "atomsteer"
 _PLAIN_FORMATS = ("auto", "hf", "safetensors")
+_WORKER = "server.vllm.worker.SteeringWorker"
 
 
 def register() -> None:
@@ -154,6 +155,9 @@ def set_engine_arguments(arguments: Any, package: Package) -> None:
         raise ConfigError(
             "speculative decoding and steering have not been tried together; leave --speculative-config out"
         )
+    if arguments.worker_extension_cls not in ("", _WORKER):
+        raise ConfigError(f"worker extension {arguments.worker_extension_cls!r} stands in the place of atomsteer's, of which "
+                          "vLLM takes one; leave --worker-extension-cls out")  # fmt: skip
     rank = 2 * max(module.rank for module in package.base_adapter.space.modules)
     ranks = [allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank]
     if not ranks:
@@ -161,6 +165,7 @@ def set_engine_arguments(arguments: Any, package: Package) -> None:
             f"a mix has rank {rank} and vLLM takes at most {max(get_args(MaxLoRARanks))}; train a smaller one"
         )
     arguments.load_format = LOAD_FORMAT
+    arguments.worker_extension_cls = _WORKER
     arguments.enable_lora = True
     arguments.max_lora_rank = ranks[0]
     modules = package.base_adapter.space.modules

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ def to_environment(config: ServeConfig) -> dict[str, str]:
     """What `read_settings` reads back."""
     fields = {name: value for name, value in asdict(config).items() if name in FIELDS and value is not None}
     variables = {
-        PACKAGE_VARIABLE: str(config.package.resolve()),
-        SETTINGS_VARIABLE: json.dumps(fields, default=lambda path: str(path.resolve())),
+        PACKAGE_VARIABLE: str(config.package.absolute()),  # a link stays one: a reload follows it anew
+        SETTINGS_VARIABLE: json.dumps(fields, default=lambda path: str(path.absolute())),
         API_KEY_VARIABLE: ",".join(config.api_keys),
         ADMIN_KEY_VARIABLE: ",".join(config.admin_keys),
         DATABASE_VARIABLE: config.database or "",
@@ -65,7 +65,7 @@ def to_environment(config: ServeConfig) -> dict[str, str]:
 
 def check(package: Package, config: ServeConfig) -> None:
     """What can be known before a model is loaded. Raises ConfigError, and what a broken package raises."""
-    _ = package.bank, package.drift
+    _ = replace(package).bank, package.drift  # of a copy, because a package keeps what it has read
     KeyRing.of(config)
     Steering.of(package, config)
 

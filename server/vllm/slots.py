@@ -1,9 +1,10 @@
 """Mixes in slots, each composed once, and the batched layer that gives every row the mix of its slot: steering on CPUs.
 
 A slot holds what its mix adds to the base adapter's factors, rank r of each; the base's own are one for all. So a row
-costs the same whatever the number of atoms, of the package or of the mix. Knows tensors and atoms; nothing of vLLM.
+costs the same whatever the number of atoms, of the package or of the mix. Several versions of a package may have mixes in
+slots, as long as they share the base adapter. Knows tensors and atoms; nothing of vLLM.
 
-    J    atoms in the bank       S   slots       r   rank (the largest of a group)       n   steered rows of the batch
+    J    atoms in a bank         S   slots       r   rank (the largest of a group)       n   steered rows of the batch
     P    adapted linears that one fused module computes (q, k, v: P = 3)
     A_p, B_p      factors of the base adapter     a_p = Σ_j c_j A_pj, b_p = Σ_j c_j B_pj    those of a row's mix
     h_p = A_p x   u_p = a_p x                     v_p = h_p ("linear")  or  h_p + u_p ("parameter")
@@ -16,14 +17,14 @@ product would need them copied beside each other first. Mixes are composed by su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from atoms.adapter import AtomBank, Composition
+from atoms.adapter import Adapter, AtomBank, Composition
 from atoms.mix import Mix
 from atoms.space import LoRAModule
 
@@ -107,25 +108,35 @@ class SlottedLinear:
     """Adds the steering of every row to the output of one (fused) linear. `dtype` is the model's."""
 
     def __init__(
-        self, bank: AtomBank, parts: Sequence[FusedPart], composition: Composition, dtype: torch.dtype, slots: int
+        self, base: Adapter, parts: Sequence[FusedPart], composition: Composition, dtype: torch.dtype, slots: int
     ) -> None:
-        rank = max(part.module.rank for part in parts)
-        base, own = zip(*(_factors(bank, part.module, rank) for part in parts), strict=True)
-        self._rank, self._columns = rank, [part.columns for part in parts]
+        self._parts = parts
+        self._rank, self._columns = max(part.module.rank for part in parts), [part.columns for part in parts]
         self._parameter = composition == "parameter"
-        self._base_a = torch.cat([a for a, _ in base]).T.to(dtype).contiguous()  # (d_in, P·r)
-        self._base_b = [b.to(dtype).contiguous() for _, b in base]  # (r, d_out)
-        self._bank = [torch.cat([a for a, _ in own], dim=1).transpose(1, 2), *(b for _, b in own)]  # (J, height, width)
-        self._bank = [factors.contiguous() for factors in self._bank]
-        shapes = [(slots, *factors.shape[1:]) for factors in self._bank]
+        own = [self._padded(part, base.tensors[part.module.key_a], base.tensors[part.module.key_b]) for part in parts]
+        self._base_a = torch.cat([a for a, _ in own]).T.to(dtype).contiguous()  # (d_in, P·r)
+        self._base_b = [b.to(dtype).contiguous() for _, b in own]  # (r, d_out)
+        shapes = [(slots, *factors.shape) for factors in (self._base_a, *self._base_b)]
         self._tables = [torch.empty(shape, dtype=dtype) for shape in shapes]  # memory is taken when it is written
         self._flat = [table.view(-1, table.shape[2]) for table in self._tables]
 
-    def compose(self, slots: Tensor, mixes: Sums, coefficients: Tensor) -> None:
-        """Slot `slots[i]` gets mix i: the sum over atoms, the rows of `mixes`, with `coefficients` (float32)."""
-        for bank, table in zip(self._bank, self._tables, strict=True):
-            composed = mixes(bank.flatten(1), coefficients)
+    def stack(self, bank: AtomBank) -> list[Tensor]:
+        """What `compose` needs of a bank on the same base: (J, d_in, P·r), and (J, r, d_out) of each part, in float32."""
+        own = [self._padded(part, bank.a[part.module.name], bank.b[part.module.name]) for part in self._parts]
+        stacks = [torch.cat([a for a, _ in own], dim=1).transpose(1, 2), *(b for _, b in own)]
+        return [factors.contiguous() for factors in stacks]
+
+    def compose(self, slots: Tensor, stacks: Sequence[Tensor], mixes: Sums, coefficients: Tensor) -> None:
+        """Slot `slots[i]` gets mix i: the sum over atoms of `stacks`, the rows of `mixes`, with `coefficients` (float32)."""
+        for stack, table in zip(stacks, self._tables, strict=True):
+            composed = mixes(stack.flatten(1), coefficients)
             table.flatten(1).index_copy_(0, slots, composed.to(table.dtype))
+
+    def _padded(self, part: FusedPart, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A (…, r, d_in) and s·Bᵀ (…, r, d_out) of a part, in float32; a lower rank is padded with zeros to r."""
+        pad = (0, 0, 0, self._rank - part.module.rank)
+        b = b.transpose(-1, -2).float() * part.module.scaling
+        return torch.nn.functional.pad(a.float(), pad), torch.nn.functional.pad(b, pad)
 
     def add(self, x: Tensor, y: Tensor, rows: SteeredRows) -> None:
         """Adds to `y` (t, d_out) in place; `x` (t, d_in). Rows that are not steered stay bit-equal."""
@@ -160,22 +171,45 @@ class SlottedLinear:
         return delta
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class SlotBank:
+    """A bank as mixes are composed from it. `place` is an atom's row in each of `stacks`, which are those of the linears."""
+
+    place: Mapping[str, int]
+    stacks: Sequence[list[Tensor]]
+
+
 class MixSlots:
     """The mix of each slot, in all of `linears`; and the rows of the batch that is about to run. A mix is composed when
     rows first use it, with others that are new."""
 
-    def __init__(self, atoms: Sequence[str], slots: int) -> None:
+    def __init__(self, slots: int) -> None:
         self.linears: list[SlottedLinear] = []
         self.rows: SteeredRows | None = None
-        self._place = {atom: place for place, atom in enumerate(atoms)}
-        self._mixes: list[list[tuple[int, float]]] = [[] for _ in range(slots)]
+        self._mixes: list[tuple[SlotBank, list[tuple[int, float]]] | None] = [None] * slots
         self._steers = np.zeros(slots, dtype=bool)
         self._composed = np.zeros(slots, dtype=bool)
 
-    def set(self, slot: int, mix: Mix) -> None:
-        """Loads `mix` into `slot`. Raises KeyError for an atom outside the bank."""
-        self._mixes[slot] = [(self._place[atom], value) for atom, value in mix]
+    def stack(self, bank: AtomBank) -> SlotBank:
+        """`bank` for `set`. Reads nothing that serving changes, so it may be called from another thread."""
+        place = {atom: row for row, atom in enumerate(bank.ids)}
+        return SlotBank(place, [linear.stack(bank) for linear in self.linears])
+
+    def set(self, slot: int, mix: Mix, bank: SlotBank) -> None:
+        """Loads `mix` of `bank` into `slot`. Raises KeyError for an atom outside the bank."""
+        self._mixes[slot] = (bank, [(bank.place[atom], value) for atom, value in mix])
         self._steers[slot], self._composed[slot] = bool(mix), False
+
+    def clear(self, slot: int) -> None:
+        """Leaves no mix in `slot`: rows that use it are unsteered."""
+        self._mixes[slot] = None
+        self._steers[slot] = self._composed[slot] = False
+
+    def forget(self, bank: SlotBank) -> None:
+        """Clears the slots that hold a mix of `bank`."""
+        for slot, held in enumerate(self._mixes):
+            if held is not None and held[0] is bank:
+                self.clear(slot)
 
     def select(self, slots: Sequence[int] | np.ndarray) -> None:
         """Row i of the following forward passes uses slot `slots[i]`; -1 is unsteered."""
@@ -189,33 +223,22 @@ class MixSlots:
         self.rows = SteeredRows.of(chosen, rows)
 
     def _compose(self, slots: np.ndarray) -> None:
-        if not len(slots):
-            return
-        mixes = [self._mixes[slot] for slot in slots]
-        starts = torch.tensor([0, *np.cumsum([len(mix) for mix in mixes])])
-        sums = Sums(torch.tensor([place for mix in mixes for place, _ in mix]), starts)
-        coefficients = torch.tensor([value for mix in mixes for _, value in mix])
-        for linear in self.linears:
-            linear.compose(torch.from_numpy(slots), sums, coefficients)
+        """All that come from one bank together."""
+        together: dict[SlotBank, list[int]] = {}
+        for slot in slots.tolist():
+            held = self._mixes[slot]
+            assert held is not None
+            together.setdefault(held[0], []).append(slot)
+        for bank, places in together.items():
+            mixes = [held[1] for held in (self._mixes[slot] for slot in places) if held is not None]
+            starts = torch.tensor([0, *np.cumsum([len(mix) for mix in mixes])])
+            sums = Sums(torch.tensor([place for mix in mixes for place, _ in mix]), starts)
+            coefficients = torch.tensor([value for mix in mixes for _, value in mix])
+            for linear, stacks in zip(self.linears, bank.stacks, strict=True):
+                linear.compose(torch.tensor(places), stacks, sums, coefficients)
         self._composed[slots] = True
 
 
 def _spread(delta: Tensor, back: Tensor) -> Tensor:
     """Row i is `delta[back[i]]`, and -0.0, which changes no bit of what it is added to, for back[i] = len(delta)."""
     return torch.cat([delta, delta.new_full((1, delta.shape[1]), -0.0)]).index_select(0, back)
-
-
-Factors = tuple[Tensor, Tensor]
-
-
-def _factors(bank: AtomBank, module: LoRAModule, rank: int) -> tuple[Factors, Factors]:
-    """A (rank, d_in) and s·Bᵀ (rank, d_out) of the base, and those of the atoms (J, ·, ·), in float32; a rank below `rank`
-    is padded with zeros."""
-    pad = (0, 0, 0, rank - module.rank)
-
-    def padded(a: Tensor, b: Tensor) -> Factors:
-        b = b.transpose(-1, -2).float() * module.scaling
-        return torch.nn.functional.pad(a.float(), pad), torch.nn.functional.pad(b, pad)
-
-    base = padded(bank.base.tensors[module.key_a], bank.base.tensors[module.key_b])
-    return base, padded(bank.a[module.name], bank.b[module.name])

@@ -1,4 +1,4 @@
-"""In every worker: LoRA request -> mix -> weights, composed from the resident atoms. Nothing is written or read.
+"""In every worker: LoRA request -> mix -> weights, composed from the resident atoms. No request has anything written or read.
 
 Two managers stand in for vLLM's own. `DenseManager` composes factors into vLLM's slots and leaves the rest, slicing for
 tensor parallelism included, to vLLM. `HookManager` has slots and a batched layer of its own, for CPUs: vLLM's LoRA kernels
@@ -7,20 +7,21 @@ there are slow, and give an unsteered row in a steered batch another row's adapt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from atoms.adapter import Adapter, AtomBank, Delta
+from atoms.adapter import AtomBank, Delta
 from atoms.errors import AdapterError, EngineError
-from atoms.mix import Mix, digest_in_phase
+from atoms.mix import Mix
 from atoms.package import Package
 from server.vllm.compiled import hook
-from server.vllm.identity import decode_path, digest_of_name, is_mix, phase_of_name
-from server.vllm.slots import FusedPart, MixSlots, SlottedLinear
+from server.vllm.identity import decode_path, digest_of_name, is_mix
+from server.vllm.residents import Resident, Residents
+from server.vllm.slots import FusedPart, MixSlots, SlotBank, SlottedLinear
 from server.vllm.upstream import (
     LoRALayerWeights,
     LoRAMapping,
@@ -34,22 +35,24 @@ from server.vllm.upstream import (
 
 
 class MixAdapter(LoRAModel):
-    """What a worker keeps of a mix: its id, digest and coefficients. Weights are composed when it gets a slot."""
+    """What a worker keeps of a mix: its id, digest, coefficients and version. Weights are composed when it gets a slot."""
 
-    def __init__(self, number: int, rank: int, mix: Mix, digest: str) -> None:
+    def __init__(self, number: int, rank: int, mix: Mix, digest: str, version: Resident[Any]) -> None:
         super().__init__(number, rank, {})
         self.mix = mix
         self.digest = digest
+        self.version = version
 
 
 def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
     """The class that vLLM's model runner is to make its LoRA manager of."""
 
     class SteeringWorkerManager(LRUCacheWorkerLoRAManager):
-        """Takes mixes of `package`, and nothing else."""
+        """Takes mixes of `package` and of what comes in its place, and nothing else."""
+
+        versions: Residents[Any]
 
         def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> Any:
-            self._mixes: dict[int, str] = {}
             build = HookManager if self.device.type == "cpu" else DenseManager
             manager = build(
                 package,
@@ -62,7 +65,14 @@ def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
                 vllm_config=vllm_config,
             )
             self._adapter_manager = manager
+            self.versions = Residents(package.path, manager.stack)
+            self.versions.add(package)
             return manager.model
+
+        def keep_versions(self, content_hashes: Collection[str]) -> None:
+            """Lets go of all other versions and their mixes. No request may use one of them any more."""
+            for version in self.versions.keep(content_hashes):
+                self._adapter_manager.forget(version)
 
         def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
             """Called in each step with the mixes of its batch. Those that are in slots are marked as in use before others
@@ -93,22 +103,40 @@ def worker_manager(package: Package) -> type[LRUCacheWorkerLoRAManager]:
                 raise EngineError(f"adapter {lora_request.lora_name!r} is no mix: this server steers with package "
                                   f"{package.manifest.name!r} and takes no other LoRA adapters")  # fmt: skip
             mix = decode_path(lora_request.lora_path)
-            digest = digest_in_phase(package.digest(mix), mix, phase_of_name(lora_request.lora_name))
-            if digest != digest_of_name(lora_request.lora_name):
+            version = self.versions.find(mix, lora_request.lora_name)
+            if version is None:
                 raise EngineError(
-                    f"mix {lora_request.lora_name} has digest {digest} in this worker: it has another version of package "
-                    f"{package.manifest.name!r} than the API server; restart both"
+                    f"mix {lora_request.lora_name} is of no version of package {package.manifest.name!r} that this worker "
+                    "has; the API server has another one: restart both"
                 )
-            return MixAdapter(lora_request.lora_int_id, self.lora_config.max_lora_rank, mix, digest)
+            digest = digest_of_name(lora_request.lora_name)
+            return MixAdapter(lora_request.lora_int_id, self.lora_config.max_lora_rank, mix, digest, version)
 
     return SteeringWorkerManager
 
 
+class SteeringWorker:
+    """What an API server calls in every worker to change the package's version: see `server.vllm.residents`. vLLM makes
+    it a base of its worker class, by its name."""
+
+    model_runner: Any
+
+    def atomsteer_prepare(self, content_hash: str) -> None:
+        self.model_runner.lora_manager.versions.prepare(content_hash)
+
+    def atomsteer_prepared(self, content_hash: str) -> str | None:
+        prepared: str | None = self.model_runner.lora_manager.versions.prepared(content_hash)
+        return prepared
+
+    def atomsteer_keep(self, content_hashes: list[str]) -> None:
+        self.model_runner.lora_manager.keep_versions(content_hashes)
+
+
 class _MixManager(LRUCacheLoRAModelManager):
-    """What both managers share. `_homes` maps a package's module to the vLLM module that computes it."""
+    """What both managers share. All versions have the base adapter and the composition of `package`, the first one."""
 
     def __init__(self, package: Package, *, model: nn.Module, vllm_config: VllmConfig, **options: Any) -> None:
-        self._package = package
+        self._base, self._composition = package.base_adapter, package.composition
         self._renames = getattr(model, "hf_to_vllm_mapper", None)
         self._complete = vllm_config.parallel_config.pipeline_parallel_size == 1
         self._layers = vllm_config.compilation_config.static_forward_context
@@ -128,10 +156,20 @@ class _MixManager(LRUCacheLoRAModelManager):
         self._active_adapters.touch(lora_id)
         return True
 
-    def _module_names(self, bank: AtomBank) -> dict[str, str]:
+    def stack(self, bank: AtomBank) -> Any:
+        """The atoms of a version in the form that mixes are composed from here. Any thread may call it."""
+        raise NotImplementedError
+
+    def forget(self, version: Resident[Any]) -> None:
+        """Drops the mixes of `version`, in slots and out of them."""
+        for number, adapter in self.list_adapters().items():
+            if isinstance(adapter, MixAdapter) and adapter.version is version:
+                self.remove_adapter(number)
+
+    def _module_names(self) -> dict[str, str]:
         """vLLM's name -> the package's, of every adapted linear."""
         names = {}
-        for module in bank.base.space.modules:
+        for module in self._base.space.modules:
             if ".experts." in module.name:
                 raise AdapterError(f"{module.name} belongs to a mixture of experts, which cannot be steered inside vLLM; use "
                                    "the embedded engine, or train an adapter without them")  # fmt: skip
@@ -159,18 +197,23 @@ class DenseManager(_MixManager):
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
-        bank = self._package.bank
-        self._bank = _moved(bank, self.device)
-        self._names = self._module_names(bank)
+        self._names = self._module_names()
+        self._device_base = replace(self._base, tensors=self._moved(self._base.tensors))
         self._delta: Delta = {}
         found = {self._names[part] for name in self.modules for part in self._parts_of(name) if part in self._names}
         self._require_all(found, self._names)
+
+    def stack(self, bank: AtomBank) -> AtomBank:
+        return replace(bank, base=self._device_base, a=self._moved(bank.a), b=self._moved(bank.b))
+
+    def _moved(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
 
     def activate_adapter(self, lora_id: int) -> bool:
         adapter = self._registered_adapters[lora_id]
         if not isinstance(adapter, MixAdapter) or lora_id in self._active_adapters:
             return super().activate_adapter(lora_id)
-        self._delta = self._bank.compose(adapter.mix, self._package.composition) or {}
+        self._delta = adapter.version.atoms.compose(adapter.mix, self._composition) or {}
         try:
             return super().activate_adapter(lora_id)
         finally:
@@ -200,10 +243,9 @@ class HookManager(_MixManager):
     """Hooks on vLLM's linears that add the steering of every row; see `server.vllm.slots`."""
 
     def _create_lora_modules(self) -> None:
-        bank = self._package.bank
-        names = self._module_names(bank)
-        by_name = {module.name: module for module in bank.base.space.modules}
-        self._slots = MixSlots(bank.ids, self.lora_slots)
+        names = self._module_names()
+        by_name = {module.name: module for module in self._base.space.modules}
+        self._slots = MixSlots(self.lora_slots)
         self._linears: list[_SteeredLinear] = []
         self._mapped = False
         found: set[str] = set()
@@ -217,11 +259,18 @@ class HookManager(_MixManager):
             if parts:
                 _check_sizes(name, module, parts)
                 found |= {part.module.name for part in parts}
-                linear = SlottedLinear(bank, parts, self._package.composition, module.params_dtype, self.lora_slots)
+                linear = SlottedLinear(self._base, parts, self._composition, module.params_dtype, self.lora_slots)
                 self._slots.linears.append(linear)
                 self._linears.append(_SteeredLinear(linear, self._slots))
                 module.register_forward_hook(hook(self._linears[-1], name, self._layers))
         self._require_all(found, names)
+
+    def stack(self, bank: AtomBank) -> SlotBank:
+        return self._slots.stack(bank)
+
+    def forget(self, version: Resident[Any]) -> None:
+        super().forget(version)
+        self._slots.forget(version.atoms)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
         self._registered_adapters[lora.id] = lora  # of vLLM's own, for warm-up, too: they have no weights
@@ -232,9 +281,11 @@ class HookManager(_MixManager):
     def activate_adapter(self, lora_id: int) -> bool:
         activated = super().activate_adapter(lora_id)
         if activated:
-            adapter = self._registered_adapters[lora_id]
-            mix = adapter.mix if isinstance(adapter, MixAdapter) else Mix()
-            self._slots.set(self.lora_index_to_id.index(lora_id), mix)
+            adapter, slot = self._registered_adapters[lora_id], self.lora_index_to_id.index(lora_id)
+            if isinstance(adapter, MixAdapter):
+                self._slots.set(slot, adapter.mix, adapter.version.atoms)
+            else:
+                self._slots.clear(slot)
         return activated
 
     def _set_adapter_mapping(self, mapping: LoRAMapping) -> None:
@@ -283,13 +334,3 @@ def _check_sizes(name: str, module: Any, parts: list[FusedPart]) -> None:
     for part in parts:
         if (part.module.d_in, part.module.d_out) != (module.input_size, part.columns.stop - part.columns.start):
             raise AdapterError(f"{name} has other sizes than {part.module.name} of the package")
-
-
-def _moved(bank: AtomBank, device: torch.device) -> AtomBank:
-    """`bank` on `device`."""
-
-    def move(tensors: Any) -> dict[str, torch.Tensor]:
-        return {key: tensor.to(device) for key, tensor in tensors.items()}
-
-    base = Adapter(bank.base.space, move(bank.base.tensors), bank.base.targets)
-    return replace(bank, base=base, a=move(bank.a), b=move(bank.b))

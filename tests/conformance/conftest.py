@@ -28,7 +28,8 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 @dataclass(frozen=True)
 class Host:
-    """A running server. `atom` is one of its package's, `name` its model; the preset ``strong`` is that atom at 2."""
+    """A running server. `atom` is one of its package's, `name` its model; the preset ``strong`` is that atom at 2. `link`
+    leads to the package."""
 
     url: str
     name: str
@@ -36,6 +37,7 @@ class Host:
     other: str
     key: str
     admin_key: str
+    link: Path
 
     def sdk(self, key: str | None = None) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=0, timeout=300)
@@ -47,14 +49,16 @@ def host(real_package: Package, smol_path: Path, tmp_path_factory: pytest.TempPa
     root = tmp_path_factory.mktemp("conformance")
     keys = create_key(root / "api.json", "client"), create_key(root / "admin.json", "boss")
     atoms = [card.id for card in real_package.manifest.atoms]
+    link = root / "package"
+    link.symlink_to(real_package.path)
     options = [
-        "--package", real_package.path, "--model", smol_path, "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs",
+        "--package", link, "--model", smol_path, "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs",
         "8", "--preset", f"strong={atoms[0]}=2", "--database", "none", "--api-key-file", root / "api.json",
         "--admin-key-file", root / "admin.json", "--max-tokens", "64",
     ]  # fmt: skip
     start = _vllm if HAS_VLLM else serving
     with start([str(option) for option in options], root / "log") as url:
-        yield Host(url, real_package.manifest.name, atoms[0], atoms[-1], *keys)
+        yield Host(url, real_package.manifest.name, atoms[0], atoms[-1], *keys, link)
 
 
 @contextmanager

@@ -63,6 +63,11 @@ def test_the_model_manager_has_the_methods_that_we_override(upstream) -> None:
     assert parameters(manager.activate_adapter) == ["self", "lora_id"]
     assert parameters(base.remove_all_adapters) == ["self"]
     assert parameters(base.get_adapter) == ["self", "adapter_id"]
+    assert parameters(base.remove_adapter) == ["self", "adapter_id"]
+    assert "self.deactivate_adapter(adapter_id)" in inspect.getsource(base.remove_adapter)
+    assert "self._last_slot_layout != slot_layout" in inspect.getsource(base.set_adapter_mapping), (
+        "a mix that was dropped and comes back in another slot would go on with the old slot's rows"
+    )
 
 
 def test_the_model_manager_keeps_its_state_where_we_look(upstream) -> None:
@@ -166,6 +171,41 @@ def test_the_engine_client_has_the_methods_that_we_wrap() -> None:
     assert parameters(AsyncLLM.shutdown)[:2] == ["self", "timeout"]
     assert parameters(AsyncLLM.add_lora) == ["self", "lora_request"]
     assert isinstance(inspect.getattr_static(AsyncLLM, "errored"), property)
+
+
+def test_every_worker_can_be_asked_to_change_the_version(upstream) -> None:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import AsyncMPClient, DPLBAsyncMPClient
+    from vllm.v1.worker import worker_base
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from server.vllm.plugin import _WORKER
+    from server.vllm.worker import SteeringWorker
+
+    assert f"{SteeringWorker.__module__}.{SteeringWorker.__qualname__}" == _WORKER
+    assert "worker_extension_cls" in inspect.signature(upstream.EngineArgs).parameters
+    assert "worker_class.__bases__ + (" in inspect.getsource(worker_base.WorkerWrapperBase.init_worker)
+    for name in (name for name in dir(SteeringWorker) if not name.startswith("_")):
+        assert name.startswith("atomsteer_") and not hasattr(CPUWorker, name)
+    assert parameters(EngineCore.collective_rpc)[:4] == ["self", "method", "timeout", "args"]
+    for client in (AsyncMPClient, DPLBAsyncMPClient):
+        assert "for engine in self.core_engines" in inspect.getsource(client.call_utility_all_async)
+
+
+def test_the_engine_learns_that_a_request_is_over_before_it_is_asked_for_more() -> None:
+    """What the workers let go of after a version's last request, no step may need: all goes through one queue, in order."""
+    from vllm.v1.engine import core, core_client
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    generate = inspect.getsource(AsyncLLM.generate)
+    assert (
+        "except (asyncio.CancelledError, GeneratorExit):" in generate
+        and "await self.abort(q.request_id, internal=True)" in generate
+    )
+    for send in (core_client.AsyncMPClient._send_input, core_client.AsyncMPClient._call_utility_async):
+        assert "self._send_input_message(" in inspect.getsource(send)
+    handled = inspect.getsource(core.EngineCoreProc._handle_client_request)
+    assert "EngineCoreRequestType.ABORT" in handled and "EngineCoreRequestType.UTILITY" in handled
 
 
 def test_handlers_ask_the_models_for_names_and_the_engine_for_tokens(upstream) -> None:

@@ -213,18 +213,3 @@ async def test_more_mixes_at_once_than_may_run_or_wait(http, server, real_packag
     assert len(served) >= 272 and len({answer.headers["X-Atomsteer-Mix"] for answer in served}) == len(served)
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 503)
     print(f"{len(served)} of 300 served")
-
-
-async def test_a_reload_is_refused_while_requests_run(http, server, atom, admin_key: str) -> None:
-    body = {
-        "model": server.name,
-        "prompt": "Once",
-        "max_tokens": 64,
-        "ignore_eos": True,
-        "steering": {"atoms": {atom: 1}},
-    }
-    asking = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(4)]
-    reload = await http.post("/v1/admin/reload", headers={"Authorization": f"Bearer {admin_key}"})
-    assert (reload.status_code, reload.json()["error"]["code"]) == (501, "not_supported")
-    answers = await asyncio.gather(*asking)
-    assert all(answer.json()["usage"]["completion_tokens"] == 64 for answer in answers)

@@ -81,11 +81,12 @@ def mixes(tiny_package: Package) -> list[Mix]:
 
 
 def activate(manager, package: Package, mixes: list[Mix]) -> list[int]:
+    from server.vllm.residents import Resident
     from server.vllm.worker import MixAdapter
 
-    numbers = []
+    numbers, version = [], Resident.of(package, manager.stack)
     for place, mix in enumerate(mixes):
-        adapter = MixAdapter(100 + place, 8, mix, package.digest(mix))
+        adapter = MixAdapter(100 + place, 8, mix, package.digest(mix), version)
         manager.add_adapter(adapter)
         manager.activate_adapter(adapter.id)
         numbers.append(adapter.id)
@@ -170,12 +171,15 @@ def worker_with(build, tiny_package: Package) -> Callable:
     """A worker manager around a model manager, without vLLM's own set-up."""
 
     def make():
+        from server.vllm.residents import Residents
         from server.vllm.worker import HookManager, worker_manager
 
         kind = worker_manager(tiny_package)
         made = kind.__new__(kind)
         made._adapter_manager = build(HookManager)
         made.lora_config = made._adapter_manager.lora_config
+        made.versions = Residents(tiny_package.path, made._adapter_manager.stack)
+        made.versions.add(tiny_package)
         return made
 
     return make
@@ -195,7 +199,7 @@ def test_a_worker_takes_mixes_and_checks_who_they_are(worker_with, tiny_package,
     other = tiny_package.digest(mixes[1])
     with pytest.raises(EngineError, match="belongs to mix"):
         worker.add_adapter(request(other, 200, encode_path(mixes[1])))
-    with pytest.raises(EngineError, match="another version"):
+    with pytest.raises(EngineError, match="no version"):
         worker.add_adapter(request("m-0000000000000000", 201, encode_path(mixes[1])))
     with pytest.raises(EngineError, match="is no mix"):
         worker.add_adapter(request("theirs", 202, "some/directory"))

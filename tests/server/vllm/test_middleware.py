@@ -31,6 +31,7 @@ from server.steering import Steering
 from server.vllm.exposure import OperatorMiddleware, operator_routes
 from server.vllm.host import name_models, steer_engine
 from server.vllm.middleware import SteeringMiddleware, current, with_echo
+from server.vllm.versions import WorkerVersion, WorkerVersions
 
 CHAT = "/v1/chat/completions"
 
@@ -68,6 +69,10 @@ async def _hang(request: Request) -> Any:
     await asyncio.Event().wait()
 
 
+async def _unscored(_version: WorkerVersion, _answered: Any) -> float:
+    pytest.fail("nothing was drawn to be measured")
+
+
 async def _refuse(_request: Request) -> JSONResponse:
     return JSONResponse({"error": {"message": "no"}}, 400)
 
@@ -87,18 +92,24 @@ def metrics() -> SteeringMetrics:
     return SteeringMetrics()
 
 
+def versions_of(package: Package, config: ServeConfig, state: State | None = None) -> WorkerVersions:
+    """One version, and none to reload."""
+    steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
+    return WorkerVersions(WorkerVersion(package, steering), lambda: pytest.fail("read"), lambda _: None)
+
+
 @pytest.fixture
 def client_to(
     package: Package, traffic: Traffic, metrics: SteeringMetrics, stopped: asyncio.Event
 ) -> Callable[..., AsyncClient]:
     def make(config: ServeConfig, state: State | None = None) -> AsyncClient:
-        steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
+        versions = versions_of(package, config, state)
         routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/invocations", "/tokenize", "/v1/presets")]
         routes.append(Route("/v1/responses", _hang, methods=["POST"]))
         app = Starlette(routes=[*routes, Route("/v1/completions", _refuse, methods=["POST"])])
         drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
-        app.add_middleware(SteeringMiddleware, steering=steering, metrics=metrics, traffic=traffic, drift=drift,
-                           score=None, stopped=stopped, limits=config.limits)  # fmt: skip
+        app.add_middleware(SteeringMiddleware, versions=versions, metrics=metrics, traffic=traffic, drift=drift,
+                           score=_unscored, stopped=stopped, limits=config.limits)  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=4096)
         app.add_middleware(AuthMiddleware, keys=KeyRing((), config.admin_keys))
         app.add_middleware(RequestContextMiddleware, traffic=traffic, metrics=metrics, access_log=False)
@@ -342,7 +353,7 @@ def test_models_are_known_by_name_and_preset(package: Package, config: ServeConf
     upstream = SimpleNamespace(BaseModelPath=lambda name, model_path: (name, model_path))
     monkeypatch.setitem(__import__("sys").modules, "server.vllm.upstream", upstream)
     models = SimpleNamespace(base_model_paths=["before"])
-    name_models(models, Steering.of(package, config), "path")
+    name_models(models, versions_of(package, config), "path")
     assert models.base_model_paths == [("demo", "path")]
     assert models.is_base_model("demo") and models.is_base_model("demo:lists") and not models.is_base_model("demo:x")
     assert models.model_name() == "demo"

@@ -50,10 +50,11 @@ def expected(bank: AtomBank, composition, x: torch.Tensor, y: torch.Tensor, mixe
 
 def steering(bank: AtomBank, composition, slots: int, dtype=torch.float32) -> tuple[MixSlots, SlottedLinear]:
     """Slots that hold the first of MIXES, and the one linear that uses them."""
-    table = MixSlots(bank.ids, slots)
-    table.linears.append(SlottedLinear(bank, PARTS, composition, dtype, slots))
+    table = MixSlots(slots)
+    table.linears.append(SlottedLinear(bank.base, PARTS, composition, dtype, slots))
+    stacked = table.stack(bank)
     for slot, mix in enumerate(MIXES[:slots]):
-        table.set(slot, mix)
+        table.set(slot, mix, stacked)
     return table, table.linears[0]
 
 
@@ -97,9 +98,10 @@ def test_a_batch_without_steering_has_nothing_to_do(bank: AtomBank) -> None:
 
 def test_a_slot_forgets_the_mix_before(bank: AtomBank) -> None:
     table, linear = steering(bank, "linear", slots=1)
+    stacked = table.stack(bank)
     x, y = torch.randn(9, 12, generator=torch.Generator().manual_seed(8)), torch.zeros(9, 15)
     for mix in (MIXES[2], MIXES[3], Mix(), MIXES[0]):
-        table.set(0, mix)
+        table.set(0, mix, stacked)
         for rows in (9, 1):  # together and alone
             want = expected(bank, "linear", x[:rows], y[:rows], [mix] * rows)
             assert torch.allclose(added(table, linear, x[:rows], y[:rows], [0] * rows), want, atol=1e-4)
@@ -112,8 +114,38 @@ def test_rows_beyond_the_plan_are_padding_and_stay(bank: AtomBank) -> None:
 
 
 def test_an_atom_outside_the_bank_is_an_error(bank: AtomBank) -> None:
+    table = MixSlots(slots=1)
     with pytest.raises(KeyError):
-        MixSlots(bank.ids, slots=1).set(0, Mix.of({"a-9": 1.0}))
+        table.set(0, Mix.of({"a-9": 1.0}), table.stack(bank))
+
+
+def test_mixes_of_two_banks_on_one_base_in_one_batch(bank: AtomBank) -> None:
+    """The other bank has an atom more, one less, and another order; then it is let go of."""
+    generator = torch.Generator().manual_seed(11)
+    new = {"a-9": {tensor.key: torch.randn(tensor.shape, generator=generator) for tensor in bank.base.space.tensors},
+           "a-1": bank.direction(Mix.of({"a-1": -1.0})), "a-0": bank.direction(Mix.of({"a-0": 1.0}))}  # fmt: skip
+    other = AtomBank.of(bank.base, new)
+    table, linear = steering(bank, "parameter", slots=5)
+    stacked, mix = table.stack(other), Mix.of({"a-9": 0.5, "a-1": 2.0})
+    table.set(1, mix, stacked)
+    table.set(3, Mix.of({"a-1": 1.5}), stacked)
+    x, y = torch.randn(5, 12, generator=generator), torch.randn(5, 15, generator=generator)
+
+    got = added(table, linear, x, y, [0, 1, 2, 3, -1])
+
+    for row, (source, of) in enumerate(
+        [(bank, MIXES[0]), (other, mix), (bank, MIXES[2]), (other, Mix.of({"a-1": 1.5}))]
+    ):
+        want = expected(source, "parameter", x[row : row + 1], y[row : row + 1], [of])[0]
+        assert torch.allclose(got[row], want, atol=1e-4)
+    assert torch.equal(got[4], y[4])
+    table.forget(stacked)
+    assert torch.allclose(
+        added(table, linear, x, y, [0, -1, 2, -1, -1])[0],
+        expected(bank, "parameter", x[:1], y[:1], [MIXES[0]])[0],
+        atol=1e-4,
+    )
+    assert all(held is None or held[0] is not stacked for held in table._mixes), "its tensors stay in memory"
 
 
 @pytest.mark.parametrize("composition", ["linear", "parameter"])
