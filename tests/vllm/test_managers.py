@@ -158,6 +158,37 @@ def test_a_slot_that_is_taken_over_has_nothing_of_the_mix_before(build, model, t
     assert torch.allclose(got, expected(tiny_package, plain, 1, x, [mixes[2]]), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["DenseManager", "HookManager"])
+def test_mixes_of_two_versions_in_one_batch(
+    build, model, tiny_package, mixes, kind: str, another_version, tmp_path
+) -> None:
+    """The same coefficients; then the first version is let go of, and a mix of the second takes its slot."""
+    from server.vllm import worker
+    from server.vllm.residents import Resident
+
+    second = another_version(tiny_package, tmp_path / "second", "2")
+    x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(4))
+    plain = model.model.layers[0].self_attn.qkv_proj(x)[0].clone()
+    manager = build(getattr(worker, kind))
+    versions = [Resident.of(package, manager.stack) for package in (tiny_package, second)]
+    for number, (version, mix) in enumerate(
+        zip((versions[0], versions[1], versions[1]), (mixes[1], mixes[1], mixes[0]), strict=True)
+    ):
+        manager.add_adapter(worker.MixAdapter(100 + number, 8, mix, version.package.digest(mix), version))
+    for number in (100, 101):
+        manager.activate_adapter(number)
+    got = forward(manager, model, 0, x, [100, 101])
+    want = [expected(package, plain, 0, x, [mixes[1]] * 2) for package in (tiny_package, second)]
+    assert torch.allclose(got[0], want[0][0], atol=1e-4) and torch.allclose(got[1], want[1][1], atol=1e-4)
+    assert not torch.allclose(want[0], want[1], atol=1e-2)
+    manager.forget(versions[0])
+    assert set(manager.list_adapters()) == {101, 102}
+    manager.activate_adapter(102)
+    got = forward(manager, model, 0, x, [102, 101])
+    assert torch.allclose(got[0], expected(second, plain, 0, x, [mixes[0]] * 2)[0], atol=1e-4)
+    assert torch.allclose(got[1], want[1][1], atol=1e-4)
+
+
 def test_a_model_without_the_packages_modules_is_refused(build, model) -> None:
     from server.vllm.worker import HookManager
 

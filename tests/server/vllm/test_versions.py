@@ -130,6 +130,19 @@ async def test_the_same_package_again_changes_nothing(versions: WorkerVersions, 
     assert engines.held() == [{"1.0"}] * 4, "what the new one shares with the old one was let go of"
 
 
+async def test_another_alias_needs_nothing_of_the_workers(
+    versions: WorkerVersions, engines: Engines, path: Path, package: Package
+) -> None:
+    atom = package.manifest.atoms[2].id
+    Package.read(path).relabel(atom, "rows")
+    for worker in engines.workers:
+        worker._path = path / "nowhere"
+    old, new = await versions.reload()
+    assert old.manifest != new.manifest
+    resolved = versions.current.steering.resolve({"atoms": {"rows": 1.0}})
+    assert resolved.digest == package.digest(package.mix({atom: 1.0}))
+
+
 async def test_back_to_a_version_that_still_has_requests(
     versions: WorkerVersions, engines: Engines, put, negated
 ) -> None:
