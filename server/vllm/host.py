@@ -50,7 +50,7 @@ from server.vllm.scoring import measure_drift
 from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings
 from server.vllm.versions import WorkerVersion, WorkerVersions
 
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS, _LEAVING_SECONDS = 0.2, 3
 _OUR_HEALTH = ("/ready", "/version")  # vLLM's own /health knows whether its engine lives, its /metrics has ours too
 
 
@@ -110,7 +110,7 @@ class SteeringEndpoint:
         self._phases = ("all",) if engine_client.vllm_config.use_v2_model_runner else ("all", "decode")
         identities = MixIdentities(parallel._api_process_rank, parallel._api_process_count)
         await _probe(engine_client, self._versions.current.package, identities)
-        steer_engine(engine_client, identities, self._traffic, self._stopped)
+        steer_engine(engine_client, identities, self._traffic, self._stopped, is_shared=parallel._api_process_count > 1)
         name_models(state.openai_serving_models, self._versions, self._model_path)
         self._traffic.slots = engine_client.vllm_config.scheduler_config.max_num_seqs
         self._length = engine_client.model_config.max_model_len
@@ -121,7 +121,9 @@ class SteeringEndpoint:
         self._engine, self._identities = engine_client, identities
 
     def _version(self, package: Package) -> WorkerVersion:
-        """Raises ConfigError for presets that cannot be applied."""
+        """`package` as it is served; its atoms' weights are the workers' to read. Raises ConfigError for presets that cannot
+        be applied, and what a broken package raises."""
+        _ = package.drift_model  # read now: another version may lie there when it is needed
         state, config = self._state, self._config
         steering = Steering.of(package, config, (lambda: state.snapshot) if state else Snapshot)
         if self._names and config.served_model_name is None:
@@ -129,10 +131,8 @@ class SteeringEndpoint:
         return WorkerVersion(package, replace(steering, phases=lambda: self._phases))
 
     def _read(self) -> WorkerVersion:
-        """The version at the package's path. Its atoms are the workers' to read. Raises what is wrong with it."""
-        package = Package.read(self._config.package)
-        _ = package.drift_model  # read now: another version may lie there later
-        return self._version(package)
+        """The version that lies at the package's path now."""
+        return self._version(Package.read(self._config.package))
 
     def _show(self, version: WorkerVersion) -> None:
         """Puts our routes on `version` in the place of those before, and before vLLM's, whose paths they may replace. What
@@ -181,8 +181,11 @@ class SteeringEndpoint:
         return self._engine is not None and not self._engine.errored and not self._traffic.draining
 
 
-def steer_engine(engine: Any, identities: MixIdentities, traffic: Traffic, stopped: asyncio.Event) -> None:
+def steer_engine(
+    engine: Any, identities: MixIdentities, traffic: Traffic, stopped: asyncio.Event, *, is_shared: bool = False
+) -> None:
     """Gives each request to `engine` the mix of the call it belongs to, and says when the engine drains and has stopped.
+    Other API servers use one that `is_shared`.
 
     To be called in the server's event loop; vLLM stops its engine from another thread, or from this one when it has died:
     then the process ends with status 1, where vLLM's would be 0 and nobody would start it again.
@@ -199,13 +202,16 @@ def steer_engine(engine: Any, identities: MixIdentities, traffic: Traffic, stopp
         if mix:
             name, number, path = identities.of(mix, call.steering.digest)
             kwargs["lora_request"] = LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
-        return _observed(generate(*args, **kwargs), call)
+        return _observed(generate(*args, **kwargs), call, lambda: traffic.draining and engine.errored)
 
-    def draining(*args: Any, **kwargs: Any) -> None:
-        has_died = engine.errored and not traffic.draining
+    def draining(timeout: float | None = None) -> None:
+        begins = not traffic.draining
+        has_died = begins and engine.errored
         traffic.draining = True
         try:
-            shutdown(*args, **kwargs)
+            if begins and is_shared and not has_died:
+                _wait_for_answers(traffic, timeout or 0)
+            shutdown(timeout=timeout)
         finally:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(stopped.set)
@@ -238,9 +244,22 @@ def name_models(models: Any, versions: WorkerVersions, path: str) -> None:
     models.is_base_model, models.model_name = is_base_model, model_name
 
 
-async def _observed(outputs: AsyncGenerator[Any], call: SteeredCall) -> AsyncIterator[Any]:
+def _wait_for_answers(traffic: Traffic, timeout: float) -> None:
+    """Until no request is in flight. An engine of several API servers is not theirs to stop, so vLLM's leave at once; its
+    launcher kills those that are there after `timeout` seconds, so what is left by then needs its error before."""
+    end = time.monotonic() + max(timeout - _LEAVING_SECONDS, timeout / 2)
+    while traffic.generating and time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)
+
+
+async def _observed(
+    outputs: AsyncGenerator[Any], call: SteeredCall, has_ended: Callable[[], bool]
+) -> AsyncIterator[Any]:
     """Passes `outputs` on, and notes what was read and generated. Each output has either what is new or all that there
-    is. The call's version is used until the engine has been told that nothing more is wanted."""
+    is. The call's version is used until the engine has been told that nothing more is wanted.
+
+    What fails because the server `has_ended` its engine waits for `SteeringMiddleware` to break it off: vLLM would call it an
+    internal error."""
     begun = False
     with call.version.used():
         try:
@@ -251,6 +270,10 @@ async def _observed(outputs: AsyncGenerator[Any], call: SteeredCall) -> AsyncIte
                 for answer in output.outputs:
                     call.observe(output.request_id, answer.index, answer.text, answer.token_ids, answer.finish_reason)
                 yield output
+        except Exception:
+            if not has_ended():
+                raise
+            await asyncio.Event().wait()
         finally:
             await outputs.aclose()
 
