@@ -120,7 +120,7 @@ class SteeringMiddleware:
         try:
             answered = call if scope["path"] in STEERED_PATHS else None
             with call.version.used() if call is not None else nullcontext():
-                await self._run(scope, replayed, _Answer(answered, send, self._drift, self._score))
+                await self._run(scope, replayed, _Answer(answered, send, self._traffic, self._drift, self._score))
         finally:
             current.reset(token)
 
@@ -132,7 +132,7 @@ class SteeringMiddleware:
         stopped = asyncio.create_task(self._stopped.wait())
         try:
             await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
+            if work.done() and not (self._traffic.draining and (answer.is_withheld or work.exception())):
                 return work.result()
             work.cancel()
             await asyncio.wait({work})
@@ -209,11 +209,15 @@ class SteeringMiddleware:
 
 class _Answer:
     """The answer on its way out. Its first message waits for the second, which may be of another length. Without a
-    `call` it passes as it is."""
+    `call` it passes as it is. While the server drains, a failure is withheld: `is_withheld` says so."""
 
-    def __init__(self, call: SteeredCall | None, send: Send, drift: DriftSampler | None, score: Score) -> None:
+    def __init__(
+        self, call: SteeredCall | None, send: Send, traffic: Traffic, drift: DriftSampler | None, score: Score
+    ) -> None:
+        self.is_withheld = False
         self._call = call
         self._send = send
+        self._traffic = traffic
         self._score = score
         self._drift = drift if call is not None and call.steering.assignment is not None else None
         self._begun = self._ended = False
@@ -224,7 +228,10 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.is_withheld = self._traffic.draining and message["status"] >= 500
             self._start, self._status = message, message["status"]
+            return
+        if self.is_withheld:
             return
         if message["type"] == "http.response.body":
             body, last = message.get("body", b""), not message.get("more_body")
@@ -242,7 +249,7 @@ class _Answer:
         if not self._begun:
             await error_response(error)(scope, receive, self._send)
         elif not self._ended:
-            event = b"data: " + json.dumps(error_body(error)).encode() + b"\n\n" if self._is_stream else b""
+            event = _error_event(scope["path"], error) if self._is_stream else b""
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     def _with_echo(self, call: SteeredCall, body: bytes) -> bytes:
@@ -293,6 +300,13 @@ def with_echo(body: bytes, echo: Mapping[str, object], *, is_stream: bool) -> by
         opening = b'"response":{'
     before, found, after = body.partition(opening)
     return before + found + entry + after if found else body
+
+
+def _error_event(path: str, error: Exception) -> bytes:
+    """Clients of Anthropic's API look at an event's name."""
+    if path == "/v1/messages":
+        return b"event: error\ndata: " + json.dumps({"type": "error", **error_body(error)}).encode() + b"\n\n"
+    return b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
 
 
 async def _read(receive: Receive) -> tuple[Receive, bytes]:

@@ -69,6 +69,25 @@ async def _hang(request: Request) -> Any:
     await asyncio.Event().wait()
 
 
+def _fail_at_the_end(traffic: Traffic) -> Callable[[Request], Any]:
+    """What vLLM does with a request whose engine, or whose thread pool, has been stopped meanwhile."""
+
+    async def events() -> AsyncIterator[bytes]:
+        yield b'event: message_start\ndata: {"type":"message_start"}\n\n'
+        raise RuntimeError("cannot schedule new futures after shutdown")
+
+    async def fail(request: Request) -> Any:
+        traffic.draining = True
+        match (await request.json())["messages"]:
+            case "raise":
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            case "answer":
+                return JSONResponse({"error": {"message": "EngineCore encountered an issue"}}, 500)
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    return fail
+
+
 async def _unscored(_version: WorkerVersion, _answered: Any) -> float:
     pytest.fail("nothing was drawn to be measured")
 
@@ -106,6 +125,7 @@ def client_to(
         versions = versions_of(package, config, state)
         routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/invocations", "/tokenize", "/v1/presets")]
         routes.append(Route("/v1/responses", _hang, methods=["POST"]))
+        routes.append(Route("/v1/messages", _fail_at_the_end(traffic), methods=["POST"]))
         app = Starlette(routes=[*routes, Route("/v1/completions", _refuse, methods=["POST"])])
         drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
         app.add_middleware(SteeringMiddleware, versions=versions, metrics=metrics, traffic=traffic, drift=drift,
@@ -310,6 +330,20 @@ async def test_what_a_stopped_engine_leaves_unanswered_ends_with_an_error(client
         assert first["steering"]["atoms"] == {} and last["error"]["code"] == "engine_stopped"
     else:
         assert response.status_code == 503 and response.json()["error"]["code"] == "engine_stopped"
+
+
+@pytest.mark.parametrize("way", ["raise", "answer"])
+async def test_what_fails_because_the_server_ends_is_refused_and_no_internal_error(client, way: str) -> None:
+    response = await client.post("/v1/messages", json={"model": "demo", "messages": way})
+    assert response.status_code == 503 and response.json()["error"]["code"] == "engine_stopped"
+    assert response.headers["retry-after"]
+
+
+async def test_a_stream_of_anthropics_api_that_breaks_off_has_an_event_that_is_called_error(client) -> None:
+    response = await client.post("/v1/messages", json={"model": "demo", "messages": "stream"})
+    *_, event, last = filter(None, response.text.splitlines())
+    error = json.loads(last.removeprefix("data: "))
+    assert (event, error["type"], error["error"]["code"]) == ("event: error", "error", "engine_stopped")
 
 
 async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
