@@ -252,6 +252,17 @@ def test_adapters_from_the_paths_of_requests_are_refused_at_the_start(monkeypatc
         set_engine_arguments(None, None)
 
 
+def test_a_worker_extension_in_the_place_of_ours_is_refused_at_the_start() -> None:
+    from types import SimpleNamespace
+
+    from atoms.errors import ConfigError
+    from server.vllm.plugin import set_engine_arguments
+
+    given = SimpleNamespace(load_format="auto", speculative_config=None, worker_extension_cls="theirs.Worker")
+    with pytest.raises(ConfigError, match=r"leave --worker-extension-cls out"):
+        set_engine_arguments(given, None)
+
+
 def test_our_endpoint_is_one_that_vllm_accepts() -> None:
     from importlib.metadata import entry_points
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,16 @@ def test_settings_come_back_as_they_were(config: ServeConfig) -> None:
         allow_training_text=False, access_log=False, served_model_name="other", limits=Limits(max_atoms_per_mix=3),
     )  # fmt: skip
     assert read_settings(to_environment(config)) == config
+
+
+def test_links_stay_links(config: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are switched while the server runs: to another version of the package, or to new keys."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "link").symlink_to("first")
+    monkeypatch.chdir(tmp_path)
+    read = read_settings(to_environment(replace(config, package=Path("link"), api_key_file=Path("link/keys.json"))))
+    assert read is not None
+    assert (read.package, read.api_key_file) == (tmp_path / "link", tmp_path / "link" / "keys.json")
 
 
 def test_without_a_package_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
