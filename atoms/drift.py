@@ -6,7 +6,7 @@ mixes drift more than it says. Each atom's own curve KL_j(c) is measured at both
 coefficient really reaches:
     c̃_j = sign(c_j) √(2 KL_j(c_j) / M_jj),      KL(mix) ≈ ½ c̃ᵀMc̃,
 which is exact for one atom at a measured coefficient, and ½ cᵀMc where all curves are parabolas. Of 200 random mixes of 53
-atoms 92% lie within a factor of 1.5 of what is measured, against 78% for ½ cᵀMc (docs/evaluation.md).
+atoms 92% lie within a factor of 1.5 of what is measured, against 79% for ½ cᵀMc (docs/evaluation.md).
 """
 
 from __future__ import annotations
