@@ -16,6 +16,7 @@ from typing import Any
 
 from atoms.engine import Grammar
 from server.errors import InvalidFieldError, UnsupportedFieldError
+from server.grammars import as_json, bounded
 from server.limits import Limits
 
 ANY_OBJECT = Grammar("json_schema", '{"type":"object"}')
@@ -74,21 +75,21 @@ def _of_structured_outputs(value: object, limits: Limits) -> tuple[Grammar, str]
     if kind == "regex":
         if not isinstance(constraint, str) or not constraint:
             raise InvalidFieldError(f"{where} must be a regular expression that is not empty", where)
-        return Grammar("regex", _bounded(constraint, where, limits)), where
+        return Grammar("regex", bounded(constraint, where, limits)), where
     if not isinstance(constraint, list) or not constraint or not all(isinstance(c, str) and c for c in constraint):
         raise InvalidFieldError(f"{where} must be a list of texts of which none is empty", where)
-    return Grammar("choice", _bounded(_json(constraint), where, limits)), where
+    return Grammar("choice", bounded(as_json(constraint), where, limits)), where
 
 
 def _schema(value: object, where: str, limits: Limits) -> Grammar:
     if isinstance(value, str):  # vLLM takes a schema as text too
         try:
-            value = json.loads(_bounded(value, where, limits))
+            value = json.loads(bounded(value, where, limits))
         except (ValueError, RecursionError) as error:
             raise InvalidFieldError(f"{where} is no valid JSON", where) from error
     if not isinstance(value, dict):
         raise InvalidFieldError(f"{where} must be a JSON schema, an object", where)
-    return Grammar("json_schema", _bounded(_json(value), where, limits))
+    return Grammar("json_schema", bounded(as_json(value), where, limits))
 
 
 def _object(value: object, where: str, known: tuple[str, ...]) -> Mapping[str, Any]:
@@ -101,15 +102,3 @@ def _object(value: object, where: str, known: tuple[str, ...]) -> Mapping[str, A
             raise UnsupportedFieldError(f"{where} has the field {key[:64]!r}; this server knows {', '.join(known)}",
                                         f"{where}.{key[:64]}")  # fmt: skip
     return given
-
-
-def _bounded(text: str, where: str, limits: Limits) -> str:
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > limits.max_grammar_bytes:
-        raise InvalidFieldError(f"{where} has {size} bytes and the limit is {limits.max_grammar_bytes}; simplify it",
-                                where)  # fmt: skip
-    return text
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

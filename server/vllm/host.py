@@ -44,6 +44,7 @@ from server.store.schema import open_database
 from server.tracing import TracingMiddleware, make_tracer
 from server.versions import reload_at_hangup
 from server.vllm.exposure import OperatorMiddleware, operator_routes
+from server.vllm.grammars import is_work_bounded
 from server.vllm.identity import MixIdentities
 from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
 from server.vllm.scoring import measure_drift
@@ -92,7 +93,7 @@ class SteeringEndpoint:
         install_error_handlers(app)
         app.add_middleware(SteeringMiddleware, versions=versions, metrics=metrics, traffic=self._traffic,
                            drift=drift, score=self._score, stopped=self._stopped,
-                           limits=config.limits)  # fmt: skip
+                           limits=config.limits, is_work_bounded=is_work_bounded(app.state.args))  # fmt: skip
         app.add_middleware(BodyLimitMiddleware, limit=config.limits.max_body_bytes, seconds=config.body_timeout)
         app.add_middleware(OperatorMiddleware, routes=operators)
         app.add_middleware(QuotaMiddleware, quotas=Quotas(config.quota), refused=metrics.limited)

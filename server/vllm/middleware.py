@@ -32,6 +32,7 @@ from server.responses import error_response
 from server.routes import is_own_path
 from server.steering import ResolvedSteering
 from server.vllm.exposure import GENERATING_PATHS
+from server.vllm.grammars import check_grammars
 from server.vllm.versions import WorkerVersion, WorkerVersions
 
 STEERED_PATHS = frozenset({
@@ -97,9 +98,12 @@ class SteeringMiddleware:
         score: Score,
         stopped: asyncio.Event,
         limits: Limits,
+        *,
+        is_work_bounded: bool = True,
     ) -> None:
         self._app = app
         self._limits = limits
+        self._is_work_bounded = is_work_bounded
         self._stopped = stopped
         self._versions = versions
         self._metrics = metrics
@@ -172,7 +176,9 @@ class SteeringMiddleware:
         return SteeredCall(version, resolved, model, _prompt(body), context=context)
 
     def _check_limits(self, body: Mapping[str, Any]) -> None:
-        """Raises InvalidFieldError for longer answers, more of them, or more log-probabilities a token than may be asked for.
+        """Raises InvalidFieldError for longer answers, more of them, larger grammars, or more log-probabilities a token than
+        may be asked for, and what `check_grammars` does.
+
         (vLLM is told of the first limit for those that say nothing; its own of the last is higher, for measuring KL.)"""
         tokens, logprobs = self._limits.max_tokens, self._limits.max_logprobs
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
@@ -184,6 +190,7 @@ class SteeringMiddleware:
             if asked is not None and not 0 <= asked <= logprobs:
                 raise InvalidFieldError(f"{name} is {asked:g}; it must lie between 0 and {logprobs}", name)
         self._check_sequences(body)
+        check_grammars(body, self._limits, is_work_bounded=self._is_work_bounded)
 
     def _check_sequences(self, body: Mapping[str, Any]) -> None:
         """vLLM would take 16,384 in one request."""

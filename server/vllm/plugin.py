@@ -39,6 +39,7 @@ def register() -> None:
     _require_own_packages()
     from atoms.package import Package
     from server.vllm import phase, upstream
+    from server.vllm.grammars import log_no_text
     from server.vllm.lifetime import follow_parent
     from server.vllm.worker import worker_manager
 
@@ -46,6 +47,7 @@ def register() -> None:
     package = Package.read(config.package)
     upstream.lora_runner.LRUCacheWorkerLoRAManager = worker_manager(package)
     phase.install()
+    log_no_text()
     _register_loader(package)
     _wrap_engine_arguments(package, config)
     _drop_adapter_series()
@@ -117,6 +119,7 @@ def _wrap_engine_arguments(package: Package, config: ServeConfig) -> None:
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         from server.vllm.compiled import compile_again
+        from server.vllm.grammars import bound_work
         from server.vllm.lifetime import let_signals_end_a_start
         from server.vllm.scoring import LIKELIEST
         from server.vllm.settings import check
@@ -125,6 +128,7 @@ def _wrap_engine_arguments(package: Package, config: ServeConfig) -> None:
         let_signals_end_a_start()
         own_slots = self.max_loras > 1
         set_engine_arguments(self, package)
+        bound_work(self, os.environ)
         if config.drift.share and self.max_logprobs != -1:  # clients are held to their own limit by the middleware
             self.max_logprobs = max(self.max_logprobs, LIKELIEST)
         engine_config = create(self, *args, **kwargs)

@@ -19,7 +19,7 @@ from server.config import ServeConfig
 from server.limits import Limits
 from server.vllm.settings import PLUGIN_NAME, PLUGINS_VARIABLE, check, to_environment
 
-_EMBEDDED_ONLY = ("max_messages", "max_stop", "max_stop_bytes", "max_logit_bias", "max_grammar_bytes", "max_tools")
+_EMBEDDED_ONLY = ("max_messages", "max_stop", "max_stop_bytes", "max_logit_bias", "max_tools")
 _OURS = ("--model", "--served-model-name", "--enable-lora", "--max-lora-rank", "--lora-modules", "--lora-target-modules",
          "--load-format", "--api-key")  # fmt: skip
 
