@@ -165,7 +165,8 @@ def test_the_drift_budget(host: Any, client: OpenAI) -> None:
         ask(client, host, steer(atoms={host.atom: 2}, max_kl=full / 4))
     assert (refused.value.code, refused.value.param) == ("drift_budget_exceeded", "steering.max_kl")
     scaled = ask(client, host, steer(atoms={host.atom: 2}, max_kl=full / 4, on_exceed="scale")).steering
-    assert scaled["predicted_kl"] <= full / 4 and scaled["scaled_by"] == pytest.approx(0.5, abs=0.01)
+    assert 0.99 * full / 4 <= scaled["predicted_kl"] <= full / 4
+    assert scaled["atoms"][host.atom] == pytest.approx(2 * scaled["scaled_by"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
