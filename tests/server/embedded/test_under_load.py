@@ -169,6 +169,8 @@ async def test_every_answer_is_the_one_that_it_is_alone(server: Server, real_pac
           f"near-ties; memory from half-way on {min(memory)} to {max(memory)} KiB, at last {memory[-1]}")  # fmt: skip
     assert not parted
     await assert_nothing_leaked(server, real_package, files)
+    if REQUESTS >= 1000:
+        assert server.given_up() >= REQUESTS // 20, "nearly a tenth should have been hung up on"
     if REQUESTS >= 1000 and all(memory):
         middle = statistics.median(memory)
         assert all(abs(value / middle - 1) <= 0.02 for value in memory), (
