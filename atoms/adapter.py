@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from atoms.errors import AdapterError
@@ -164,11 +164,12 @@ def read_adapter(path: Path) -> Adapter:
     """Reads a PEFT LoRA directory.
 
     Raises AdapterError if files are missing or broken, or if the adapter is of a kind that a weight delta cannot
-    express (DoRA, modules_to_save, biases, quantisation-aware variants …), by name.
+    express (DoRA, modules_to_save, biases, quantisation-aware variants …), by name, or has a number that is not finite.
     """
     config, tensors = _read_files(path)
     _refuse_unsupported(config, path)
     pairs = _pair_matrices(tensors, path)
+    _require_finite(tensors, path)
     modules = [
         LoRAModule(name, a.shape[1], b.shape[0], a.shape[0], _scaling(config, name, a.shape[0]))
         for name, (a, b) in pairs.items()
@@ -243,11 +244,19 @@ def _read_files(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_FILE} holds no JSON object")
-        return config, load_file(path / WEIGHTS_FILE)
+        data = (path / WEIGHTS_FILE).read_bytes()  # a file that is mapped and overwritten meanwhile ends the process
+        return config, load(data)
     except (ValueError, SafetensorError) as error:
         raise AdapterError(
             f"{path} cannot be read: {error}; the adapter is truncated or edited, copy it again"
         ) from error
+
+
+def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One NaN that an engine computes with may stay in its caches, and so in other requests' answers."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{path}: {name} has a number that is not finite; make it again")
 
 
 def _refuse_unsupported(config: Mapping[str, object], path: Path) -> None:

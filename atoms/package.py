@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from atoms.adapter import (
@@ -98,8 +98,11 @@ class Package:
 
     @cached_property
     def drift(self) -> Tensor:
-        """M, (J, J) float32, in the manifest's order of atoms."""
-        return load_file(self.path / DRIFT)["M"]
+        """M, (J, J) float32, in the manifest's order of atoms. Raises PackageCorruptError if a number is not finite."""
+        matrix = load((self.path / DRIFT).read_bytes())["M"]
+        if not torch.isfinite(matrix).all():
+            raise PackageCorruptError(f"{self.path / DRIFT} has a number that is not finite; discover the atoms again")
+        return matrix
 
     @cached_property
     def projection_tensors(self) -> dict[str, Tensor]:

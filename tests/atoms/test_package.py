@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from atoms import storage
 from atoms.adapter import adapter_delta, read_adapter, write_adapter
 from atoms.errors import (
+    AdapterError,
     AtomsteerError,
     CoefficientError,
     MixError,
@@ -370,3 +372,32 @@ def test_safetensors_that_lie_about_their_shape_are_refused(package: Package) ->
     reseal(package.path)
     with pytest.raises(PackageCorruptError):
         _ = Package.read(package.path).bank
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite_are_refused_though_all_hashes_fit(
+    contents: PackageContents, tmp_path: Path, number: float
+) -> None:
+    card = contents.manifest.atoms[0]
+    direction = {key: tensor.clone() for key, tensor in contents.directions[card.id].items()}
+    next(iter(direction.values()))[0, 0] = number
+    sealed = card.model_copy(update={"content_hash": contents.base.space.hash_tensors(direction)})
+    manifest = contents.manifest.model_copy(update={"atoms": [sealed, *contents.manifest.atoms[1:]]})
+    drift = {"M": contents.drift["M"].clone().fill_(number)}
+    broken = replace(contents, manifest=manifest, directions={**contents.directions, card.id: direction}, drift=drift)
+    package = Package.read(write_package(tmp_path / "broken", broken).path)
+    with pytest.raises(AdapterError, match=f"{card.id}: .* has a number that is not finite"):
+        _ = package.bank
+    with pytest.raises(PackageCorruptError, match=r"drift\.safetensors has a number that is not finite"):
+        _ = package.drift
+
+
+def test_what_has_been_read_outlives_its_files(package: Package) -> None:
+    """Of a file that is mapped, a page that is gone ends the process."""
+    atom = package.path / "atoms" / package.manifest.atoms[0].id
+    held = [*package.base_adapter.tensors.values(), *read_adapter(atom).tensors.values(), package.drift]
+    before = [tensor.clone() for tensor in held]
+    for directory in (package.path / "base", atom, package.path):
+        for file in directory.glob("*.safetensors"):
+            os.truncate(file, 0)
+    assert all(map(torch.equal, held, before))
