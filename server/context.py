@@ -28,6 +28,8 @@ from server.responses import error_response
 from server.steering import ResolvedSteering
 
 REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER = "X-Request-Id", "X-Atomsteer-Mix", "X-Atomsteer-Arm"
+EXPOSED_HEADERS = (REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER, "Retry-After", "x-should-retry")
+"""Those that a web page of an allowed origin may read."""
 _LONGEST_ID = 128
 _OVERLOADED = (429, 503)
 _log = logging.getLogger("atomsteer.server")

@@ -19,7 +19,7 @@ from atoms.package import Package
 from server.auth import AuthMiddleware, KeyRing
 from server.body import BodyLimitMiddleware
 from server.config import ServeConfig
-from server.context import ARM_HEADER, MIX_HEADER, REQUEST_ID_HEADER, RequestContextMiddleware, Traffic
+from server.context import EXPOSED_HEADERS, RequestContextMiddleware, Traffic
 from server.embedded.generation import ServedEngine
 from server.embedded.openai_routes import OpenAIRoutes
 from server.embedded.openapi import openapi_router
@@ -140,7 +140,7 @@ def _guarded(app: ASGIApp, config: ServeConfig, metrics: ServerMetrics, traffic:
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],  # SDKs in browsers send a dozen of their own, such as X-Stainless-OS
-            expose_headers=[REQUEST_ID_HEADER, MIX_HEADER, ARM_HEADER, "Retry-After", "x-should-retry"],
+            expose_headers=EXPOSED_HEADERS,
         )
     app = RequestContextMiddleware(app, traffic, metrics, config.access_log, config.log_prompts)
     tracer = make_tracer(os.environ)

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import REGISTRY
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from atoms.engine import Phase
@@ -24,7 +25,7 @@ from atoms.mix import Mix
 from atoms.package import Package
 from server.auth import AuthMiddleware, KeyRing
 from server.body import BodyLimitMiddleware
-from server.context import RequestContextMiddleware, Traffic
+from server.context import EXPOSED_HEADERS, RequestContextMiddleware, Traffic
 from server.errors import ReloadError
 from server.experiments.drift import Answered, DriftSampler
 from server.logs import set_up_logging
@@ -100,6 +101,7 @@ class SteeringEndpoint:
         app.add_middleware(AuthMiddleware, keys=KeyRing.of(config), refused=metrics.key_refused)
         app.add_middleware(RequestContextMiddleware, traffic=self._traffic, metrics=metrics, access_log=config.access_log,
                            log_prompts=config.log_prompts)  # fmt: skip
+        app.add_middleware(CORSMiddleware, expose_headers=EXPOSED_HEADERS)  # vLLM's own, around it, knows who may call
         if (tracer := make_tracer(os.environ)) is not None:
             app.add_middleware(TracingMiddleware, tracer=tracer)
         if self._state is not None:
@@ -137,23 +139,24 @@ class SteeringEndpoint:
 
     def _show(self, version: WorkerVersion) -> None:
         """Puts our routes on `version` in the place of those before, and before vLLM's, whose paths they may replace. What
-        runs on those before goes on."""
-        app, steering, metrics = self._app, version.steering, self._metrics
-        routes = app.router.routes
-        others = [route for route in routes if not any(route is own for own in self._own_routes)]
-        known = len(routes)
-        app.include_router(atoms_router(version.package, allow_training_text=self._config.allow_training_text))
-        app.include_router(preview_router(steering, metrics))
-        app.include_router(presets_router(steering, self._state))
-        app.include_router(experiments_router(steering, self._state))
-        app.include_router(units_router(self._state))
-        app.include_router(admin_router(self._reload))
+        runs on those before goes on. (An application that includes a router would keep it.)"""
+        steering, metrics = version.steering, self._metrics
+        routers = [
+            atoms_router(version.package, allow_training_text=self._config.allow_training_text),
+            preview_router(steering, metrics),
+            presets_router(steering, self._state),
+            experiments_router(steering, self._state),
+            units_router(self._state),
+            admin_router(self._reload),
+        ]
         if self._length is not None:
-            app.include_router(models_router(steering, max_model_len=self._length, created=self._created))
+            routers.append(models_router(steering, max_model_len=self._length, created=self._created))
+        ours = [route for router in routers for route in router.routes]
         health = health_router(version.package.manifest, metrics, self._is_ready)
-        routes.extend(route for route in health.routes if getattr(route, "path", "") in _OUR_HEALTH)
-        self._own_routes = routes[known:]
-        routes[:] = [*self._own_routes, *others]
+        ours += [route for route in health.routes if getattr(route, "path", "") in _OUR_HEALTH]
+        routes = self._app.router.routes
+        routes[:] = [*ours, *(route for route in routes if not any(route is own for own in self._own_routes))]
+        self._own_routes = ours
 
     async def _reload(self) -> tuple[Package, Package]:
         """Raises what `Versions.reload` does. An engine that has stopped answers nobody, and ends the wait."""

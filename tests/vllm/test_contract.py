@@ -273,6 +273,16 @@ def test_our_endpoint_is_one_that_vllm_accepts() -> None:
     assert "atomsteer" in {entry.name for entry in entry_points(group="vllm.general_plugins")}
 
 
+def test_cors_lies_around_what_we_add() -> None:
+    """So that refusals have its headers, and preflights need no key."""
+    from vllm.entrypoints.launchers import app
+    from vllm.entrypoints.serve.middleware import register
+
+    made = inspect.getsource(app.build_app)
+    assert made.index("attach_endpoint_plugins(app") < made.index("init_entrypoints_middleware(args, app")
+    assert "CORSMiddleware,\n        allow_origins=args.allowed_origins" in inspect.getsource(register)
+
+
 def test_every_option_that_we_give_is_one_that_vllm_knows(tmp_path) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -16,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -125,6 +126,7 @@ async def client(
     monkeypatch.setenv("ATOMSTEER_PACKAGE", str(path))
     monkeypatch.setenv("ATOMSTEER_SETTINGS", json.dumps({"presets": ["lists=list=2"]}))
     monkeypatch.setenv("ATOMSTEER_ADMIN_KEY", "boss")
+    monkeypatch.setenv("ATOMSTEER_API_KEY", "client")
     monkeypatch.setenv("ATOMSTEER_DATABASE", "none")
     upstream = SimpleNamespace(LoRARequest=SimpleNamespace, BaseModelPath=lambda name, model_path: (name, model_path))
     monkeypatch.setitem(sys.modules, "server.vllm.upstream", upstream)
@@ -138,6 +140,7 @@ async def client(
     app.state.args = SimpleNamespace(model="base", served_model_name=None, structured_outputs_config=grammars)
     app.state.engine, app.state.models = engine, SimpleNamespace(base_model_paths=[])
     endpoint.attach_router(app)
+    app.add_middleware(CORSMiddleware, allow_origins=["https://app.example"], allow_methods=["*"], allow_headers=["*"])
     await endpoint.init_state(engine, SimpleNamespace(openai_serving_models=app.state.models), None)
     async with AsyncClient(transport=ASGITransport(app), base_url="http://test", headers=ADMIN) as client:
         yield client
@@ -184,11 +187,13 @@ async def test_what_is_in_flight_ends_on_its_version_and_all_else_is_the_new_one
 
 
 async def test_routes_do_not_pile_up(client: AsyncClient, endpoint: SteeringEndpoint, put, negated) -> None:
-    known = len(endpoint._app.router.routes)
+    router = endpoint._app.router
+    known, lifespan = len(router.routes), router.lifespan_context
     for number in range(2, 6):
         put(negated(str(number)))
         assert (await client.post(RELOAD)).status_code == 200
-    assert len(endpoint._app.router.routes) == known
+    assert len(router.routes) == known
+    assert router.lifespan_context is lifespan, "it grows by the routes of each version, and keeps them"
     assert (await client.get("/v1/atoms")).json()["package"]["version"] == "5"
 
 
@@ -264,3 +269,19 @@ async def test_a_task_that_outlives_its_request_keeps_the_version_or_is_told(
     await until(lambda: call.version.ended)
     with pytest.raises(Exception, match="is not served any more"):
         await anext(late)
+
+
+@pytest.mark.parametrize("route", ["/v1/atoms", COMPLETIONS, RELOAD])
+async def test_web_pages_of_allowed_origins_may_ask_and_read_our_headers(client: AsyncClient, route: str) -> None:
+    origin = {"Origin": "https://app.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    del client.headers["Authorization"]
+    preflight = await client.options(route, headers=origin | asked)
+    refused = await client.post(route, headers=origin | {"Authorization": "Bearer wrong"})
+    assert (preflight.status_code, refused.status_code) == (200, 401)
+    for answer in (preflight, refused):
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    exposed = refused.headers["access-control-expose-headers"].split(", ")
+    assert {"X-Request-Id", "X-Atomsteer-Mix", "X-Atomsteer-Arm", "Retry-After", "x-should-retry"} == set(exposed)
+    other = await client.post(route, headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
