@@ -1,4 +1,4 @@
-"""When processes of vLLM end: none outlives the one that started it, and a start can be stopped.
+"""When processes of vLLM end: none outlives the one that started it, none ends at a hangup, and a start can be stopped.
 
 vLLM 0.32 leaves an engine behind whose API server was killed; goes on with a start that SIGTERM was to end, and waits ten
 minutes for an engine that has ended meanwhile; and looks at SIGINT only once the engine runs.
@@ -21,11 +21,19 @@ _LOOK_SECONDS = 0.5
 
 def follow_parent() -> None:
     """Kills this process as soon as its parent has ended, if a process of vLLM's has started it: nobody could get its
-    answers, and it would hold its memory for ever. Children that are forked from it, which load no plugins, follow too."""
+    answers, and it would hold its memory for ever. Children that are forked from it, which load no plugins, follow too.
+
+    Until then it goes on at SIGHUP, which has the server's process reload where it is sent to all of them, as by systemd."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         _end_after(parent.join)
+        _ignore_hangups()
     os.register_at_fork(after_in_child=lambda: _end_after(partial(_until_adopted, os.getppid())))
+
+
+def _ignore_hangups() -> None:
+    if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _end_after(wait: Callable[[], None]) -> None:

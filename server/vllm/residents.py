@@ -105,15 +105,18 @@ class _Reading(Generic[Stack]):
 
     def __init__(self, path: Path, content_hash: str, stack: Callable[[AtomBank], Stack]) -> None:
         self.content_hash = content_hash
+        self.result = "the package could not be loaded; the server's log says why"
         self._thread = threading.Thread(target=self._read, args=(path, content_hash, stack), name="atomsteer-read",
                                         daemon=True)  # fmt: skip
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads may be started
+            _log.exception("version %s could not be loaded", content_hash)
 
     def done(self) -> bool:
         return not self._thread.is_alive()
 
     def _read(self, path: Path, content_hash: str, stack: Callable[[AtomBank], Stack]) -> None:
-        self.result = "the package could not be loaded; the server's log says why"
         try:
             package = Package.read(path)
             if package.manifest.content_hash == content_hash:

@@ -271,9 +271,14 @@ def test_reloads_under_load_drop_nothing_and_leave_no_memory_behind(
 
 
 def test_sighup_reloads_too(shop: Shop, wait_for) -> None:
-    shop.put(shop.second)
-    os.kill(shop.running.process.pid, signal.SIGHUP)
-    assert wait_for(lambda: shop.version() == "2", 60)
+    """To the server's process alone, and to all of them: its engine goes on."""
+    for send, package in ((os.kill, shop.second), (os.killpg, shop.first)):
+        shop.put(package)
+        send(shop.running.process.pid, signal.SIGHUP)
+        assert wait_for(lambda version=package.manifest.version: shop.version() == version, 60)
+    atoms = {shop.first.manifest.atoms[0].id: 1.0}
+    body = {"model": shop.running.name, "prompt": "x", "max_tokens": 4, "steering": {"atoms": atoms}}
+    assert httpx.post(f"{shop.running.v1}/completions", json=body, timeout=60).status_code == 200
 
 
 def resident(pid: int) -> int:

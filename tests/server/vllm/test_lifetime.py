@@ -41,13 +41,18 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
-def test_children_and_what_they_fork_end_with_the_process_that_started_them(method: str, wait_for) -> None:
+def test_children_and_what_they_fork_end_with_the_process_that_started_them_and_at_no_hangup(
+    method: str, wait_for
+) -> None:
     spawn = multiprocessing.get_context("spawn")
     pids: Queue[int] = spawn.Queue()
     top = spawn.Process(target=start_one, args=(method, pids))
     top.start()
     followers = [pids.get(timeout=60), pids.get(timeout=60)]
     time.sleep(1)
+    for pid in followers:
+        os.kill(pid, signal.SIGHUP)
+    time.sleep(0.5)
     assert all(map(is_alive, followers)), "a child ended while its parent lived"
     os.kill(top.pid, signal.SIGKILL)
     try:

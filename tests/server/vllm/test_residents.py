@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,3 +120,18 @@ def test_what_is_being_read_can_be_given_up(
     assert "reload again" in str(residents.prepared(second.manifest.content_hash))
     mix = second.mix({"list": 1.0})
     assert residents.find(mix, second.digest(mix)) is None
+
+
+def test_without_a_thread_to_read_it_a_version_is_refused(
+    residents: Residents[AtomBank], path: Path, negated: Callable[..., Package], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    second = negated("2")
+    put(second, path)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", start)
+        residents.prepare(second.manifest.content_hash)
+        said = residents.prepared(second.manifest.content_hash)
+    assert said is not None and "log says why" in said
