@@ -135,7 +135,7 @@ def _wrap_engine_arguments(package: Package, config: ServeConfig) -> None:
         if not own_slots:  # as many distinct mixes as sequences
             engine_config.lora_config.max_loras = engine_config.scheduler_config.max_num_seqs
             engine_config.lora_config.max_cpu_loras = engine_config.lora_config.max_loras
-        compile_again(engine_config, [module.name for module in package.base_adapter.space.modules])
+        compile_again(engine_config, [module.name for module in package.base_adapter.space.modules], os.environ)
         return engine_config
 
     create_engine_config.steers = True  # type: ignore[attr-defined]

@@ -47,12 +47,15 @@ def test_compilation_comes_back_only_where_lora_alone_took_it_away() -> None:
     from server.vllm.compiled import compile_again
     from server.vllm.upstream import CompilationMode
 
-    lora = config(CompilationMode.NONE, {"dce": True})
-    compile_again(lora, ["b", "a"])
+    lora, environment = config(CompilationMode.NONE, {"dce": True}), {}
+    compile_again(lora, ["b", "a"], environment)
     assert lora.compilation_config.mode == CompilationMode.DYNAMO_TRACE_ONCE
     assert lora.additional_config == {"atomsteer": ["a", "b"]}, (
         "the graph of other linears would be taken for this one's"
     )
-    eager = config(CompilationMode.NONE, {})
-    compile_again(eager, ["a"])
+    assert environment == {"VLLM_USE_AOT_COMPILE": "0"}
+    eager, environment = config(CompilationMode.NONE, {}), {"VLLM_USE_AOT_COMPILE": "1"}
+    compile_again(eager, ["a"], environment)
     assert eager.compilation_config.mode == CompilationMode.NONE and not eager.additional_config
+    compile_again(config(CompilationMode.NONE, {"dce": True}), ["a"], environment)
+    assert environment == {"VLLM_USE_AOT_COMPILE": "1"}, "the operator has chosen"
