@@ -26,7 +26,7 @@ if importlib.util.find_spec("vllm") is None:
 
 START_SECONDS = 600
 CONTEXT = 512
-ADMIN_KEY = "admin-key"
+ADMIN_KEY, WEB_ORIGIN = "admin-key", "https://app.example"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -129,7 +129,7 @@ def server(start, command, real_package: Package, tmp_path_factory: pytest.TempP
     atom = real_package.manifest.atoms[0].id
     options = command("--admin-key", ADMIN_KEY, "--shutdown-timeout", "8", "--preset", f"strong={atom}=3",
                       "--database", f"sqlite:///{tmp_path_factory.mktemp('state')}/state.db", "--measured-kl-share", "1",
-                      "--measured-kl-tokens", "1000000")  # fmt: skip
+                      "--measured-kl-tokens", "1000000", "--cors-origin", WEB_ORIGIN)  # fmt: skip
     with start(options, real_package.manifest.name) as running:
         yield running
 
@@ -219,6 +219,12 @@ def _free_port() -> int:
 @pytest.fixture(scope="session")
 def admin_key() -> str:
     return ADMIN_KEY
+
+
+@pytest.fixture(scope="session")
+def web_origin() -> str:
+    """Whose web pages may call `server`."""
+    return WEB_ORIGIN
 
 
 @pytest.fixture(scope="session")

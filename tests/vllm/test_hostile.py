@@ -213,3 +213,16 @@ async def test_more_mixes_at_once_than_may_run_or_wait(http, server, real_packag
     assert len(served) >= 272 and len({answer.headers["X-Atomsteer-Mix"] for answer in served}) == len(served)
     assert all(int(answer.headers["Retry-After"]) >= 1 for answer in answers if answer.status_code == 503)
     print(f"{len(served)} of 300 served")
+
+
+async def test_web_pages_of_the_allowed_origin_read_refusals_too(http, server, atom, web_origin: str) -> None:
+    origin = {"Origin": web_origin}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert (await http.options("/v1/completions", headers=origin | asked)).status_code == 200
+    for name, status in ((atom, 200), ("nothing", 404)):
+        body = {"model": server.name, "prompt": "Once", "max_tokens": 2, "steering": {"atoms": {name: 1}}}
+        answer = await http.post("/v1/completions", json=body, headers=origin)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, web_origin)
+        assert {"X-Atomsteer-Mix", "Retry-After"} <= set(answer.headers["access-control-expose-headers"].split(", "))
+    other = await http.post("/v1/completions", json=body, headers={"Origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in other.headers
