@@ -26,26 +26,30 @@ KLCurve: TypeAlias = Sequence[tuple[float, float]]
 """(coefficient, nats a token) pairs of one atom."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DriftModel:
-    """Predicts KL(unsteered ‖ mix). Plain floats, because it answers in the path of a request."""
+    """Predicts KL(unsteered ‖ mix)."""
 
-    matrix: Mapping[str, Mapping[str, float]]
-    """M by the ids of two atoms."""
+    matrix: Tensor
+    """M, (J, J)."""
+    index: Mapping[str, int]
+    """Atom id -> row of `matrix`."""
     reaches: Mapping[str, Reach]
     """How far each atom's coefficient reaches."""
 
     @classmethod
     def of(cls, matrix: Tensor, curves: Mapping[str, KLCurve]) -> DriftModel:
         """`matrix` is M, (J, J), in the order of `curves`, which maps atom ids to their measured curves."""
-        ids = list(curves)
-        rows = {atom: dict(zip(ids, row, strict=True)) for atom, row in zip(ids, matrix.tolist(), strict=True)}
-        return cls(rows, {atom: Reach.of(curve, rows[atom][atom]) for atom, curve in curves.items()})
+        diagonal = matrix.diagonal().tolist()
+        reaches = {atom: Reach.of(curve, m) for (atom, curve), m in zip(curves.items(), diagonal, strict=True)}
+        return cls(matrix, {atom: row for row, atom in enumerate(curves)}, reaches)
 
     def kl(self, mix: Mix) -> float:
         """½ c̃ᵀMc̃, nats a token. Raises KeyError for an atom that the model does not know."""
-        reached = [(atom, self.reaches[atom].at(c)) for atom, c in mix]
-        return max(0.0, 0.5 * sum(a * b * self.matrix[i][j] for i, a in reached for j, b in reached))
+        rows = [self.index[atom] for atom, _ in mix]
+        block = self.matrix[rows][:, rows].double()  # (n, n), n = atoms in the mix
+        reached = block.new_tensor([self.reaches[atom].at(c) for atom, c in mix])
+        return max(0.0, 0.5 * float(reached @ block @ reached))
 
 
 @dataclass(frozen=True)
