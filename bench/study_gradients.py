@@ -1,10 +1,12 @@
 """Keeps the whole LoRA gradients of documents, so that a study can change everything behind them without another pass.
 
-    python -m bench.study_gradients --model DIR --adapter DIR --data FILE.jsonl --work DIR [--limit N]
+    python -m bench.study_gradients --model DIR --data FILE.jsonl --work DIR --target-modules q_proj,v_proj --rank 8
+    python -m bench.study_gradients --model DIR --data FILE.jsonl --work DIR --adapter PKG/base
 
-One forward and backward pass; writes shards of unit gradients in half precision (documents × parameters: 0.9 MB a document at
-rank 8 on q and v of SmolLM2-135M), their lengths and sketches, and, from labels sampled from the model, the eigenvectors and
-the Fisher in them. Discovery itself never keeps whole gradients (offline/rows.py). Resumable; bench/study.py reads it.
+θ0 is --adapter, or a fine-tune of half an epoch on the same documents, kept in WORK/theta0. One forward and backward pass;
+writes shards of unit gradients in half precision (documents × parameters: 0.9 MB a document at rank 8 on q and v of
+SmolLM2-135M, 4.9 MB on all linears), their lengths and sketches, and, from labels sampled from the model, the eigenvectors
+and the Fisher in them. Discovery itself never keeps whole gradients (offline/rows.py). Resumable; bench/study.py reads it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atoms.adapter import read_adapter
+from atoms.adapter import adapter_delta, read_adapter, write_adapter
 from atoms.model import choose_dtype, load_model
 from atoms.space import LoRASpace
-from atoms.storage import write_tensors
+from atoms.storage import new_directory, write_tensors
+from offline.config import FinetuneConfig
 from offline.corpus import collate, encode_corpus, plan_batches, read_corpus, sample_documents
 from offline.curvature import factors_from_tensors, factors_to_tensors, fit_eigenvalues, fit_factors
+from offline.finetune import finetune
 from offline.gradients import gradient_hooks, label_logits, mean_losses
 from offline.models import frozen_lora
 from offline.progress import Progress
@@ -35,7 +39,10 @@ BLOCK = 250
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, help="θ0; default: fine-tune one")
+    parser.add_argument("--target-modules", default="q_proj,v_proj", help="of that fine-tune")
+    parser.add_argument("--rank", type=int, default=8, help="of that fine-tune")
+    parser.add_argument("--epochs", type=float, default=0.5, help="of that fine-tune")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--limit", type=int)
@@ -48,13 +55,27 @@ def main() -> None:
     progress = Progress()
     device = torch.device("cpu")
     base, tokenizer = load_model(options.model, choose_dtype(device, options.dtype), device, None)
-    space = read_adapter(options.adapter).space
     documents = encode_corpus(read_corpus(options.data, limit=options.limit), tokenizer, options.max_length).documents
-    model = frozen_lora(base, options.adapter, space)
     options.work.mkdir(parents=True, exist_ok=True)
+    adapter = options.adapter or fine_tuned(base, documents, options, progress)
+    space = read_adapter(adapter).space
+    model = frozen_lora(base, adapter, space)
     if not (options.work / "eigenvalues.safetensors").exists():
         keep_curvature(model, space, documents, options, progress)
     keep_gradients(model, space, documents, options, progress)
+
+
+def fine_tuned(base, documents, options: argparse.Namespace, progress: Progress) -> Path:
+    """θ0 on the asked modules, at alpha = 2 × rank."""
+    path = options.work / "theta0"
+    if not path.exists():
+        config = FinetuneConfig(rank=options.rank, alpha=2.0 * options.rank, epochs=options.epochs,
+                                target_modules=tuple(options.target_modules.split(",")))  # fmt: skip
+        checkpoint = options.work / "checkpoint.safetensors"
+        adapter, _ = finetune(base, documents, config, options.batch_tokens, SEED, checkpoint, progress)
+        with new_directory(path) as temporary:
+            write_adapter(temporary, adapter_delta(adapter), adapter.targets, options.model)
+    return path
 
 
 def keep_curvature(model, space: LoRASpace, documents, options: argparse.Namespace, progress: Progress) -> None:
