@@ -15,6 +15,7 @@ rest whenever that changes (`offline.report.write_report`). No program reads it.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -187,9 +188,19 @@ class Package:
             )
 
     def evidence(self) -> list[dict[str, Any]]:
-        """Lines of evidence.jsonl; empty if the package was made without documents."""
-        file = self.path / EVIDENCE
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        """Lines of evidence.jsonl; empty if the package was made without documents. Read and verified on every call.
+
+        Raises PackageCorruptError if another version of the package, or none, lies at the path by now.
+        """
+        file, digest = self.path / EVIDENCE, self.manifest.files.get(EVIDENCE)
+        if digest is None:
+            return []
+        data = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise PackageCorruptError(
+                f"{file} is not the one of version {self.manifest.version} of the package; restore it"
+            )
+        return [json.loads(line) for line in data.decode().splitlines()]
 
     def relabel(self, atom: str, alias: str | None) -> Package:
         """Gives an atom another alias (None removes it) and returns the package as it is now.

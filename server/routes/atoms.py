@@ -8,10 +8,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from atoms.errors import UnknownAtomError
+from atoms.errors import PackageCorruptError, UnknownAtomError
 from atoms.manifest import AtomCard
 from atoms.package import Package
-from server.errors import DocumentsNotFoundError, PermissionDeniedError
+from server.errors import ConflictError, DocumentsNotFoundError, PermissionDeniedError
 from server.responses import JSONResponse
 
 
@@ -35,13 +35,24 @@ def atoms_router(package: Package, *, allow_training_text: bool) -> APIRouter:
         if not allow_training_text:
             raise PermissionDeniedError("this server is set not to show training documents to anybody")
         card = _card(package, atom)
-        evidence = package.evidence()
+        evidence = _evidence(package)
         if not evidence:
             raise DocumentsNotFoundError(f"package {package.manifest.name!r} was made without documents")
         documents: list[object] = next((line["documents"] for line in evidence if line["atom"] == card.id), [])
         return JSONResponse({"object": "list", "atom": card.id, "data": documents})
 
     return router
+
+
+def _evidence(package: Package) -> list[dict[str, Any]]:
+    """Raises ConflictError where the path holds another version than the one that is served."""
+    try:
+        return package.evidence()
+    except PackageCorruptError as error:
+        raise ConflictError(
+            f"the documents of version {package.manifest.version} of package {package.manifest.name!r} are no longer at its "
+            "path; reload the server to serve what lies there now"
+        ) from error
 
 
 def card_json(card: AtomCard) -> dict[str, Any]:

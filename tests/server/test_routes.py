@@ -69,6 +69,24 @@ async def test_documents_are_for_admins(
         assert (await client.get("/v1/atoms/formal/documents")).json()["data"] == []
 
 
+@pytest.mark.parametrize("left", ["another version's documents", None])
+async def test_documents_of_another_version_are_not_shown(
+    package: Package, client_of: Callable[..., AsyncClient], locked: ServeConfig, left: str | None
+) -> None:
+    file, aside = package.path / "evidence.jsonl", package.path.with_name("evidence")
+    file.rename(aside)
+    try:
+        if left is not None:
+            file.write_text(left)
+        async with client_of(locked, "boss") as client:
+            answer = await client.get("/v1/atoms/list/documents")
+    finally:
+        aside.replace(file)
+    assert (answer.status_code, answer.headers["x-should-retry"]) == (409, "false")
+    assert "reload" in answer.json()["error"]["message"]
+    assert "another" not in answer.text
+
+
 async def test_preview(client: AsyncClient, ids: list[str], engine: ScriptedEngine) -> None:
     response = await client.post("/v1/steering/preview", json={"steering": {"atoms": {"list": 1}}})
     echo = response.json()["steering"]
