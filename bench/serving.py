@@ -45,9 +45,10 @@ from bench.hosts import (
     widened,
 )
 
+_MIXES = ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32")
 CELLS = {
-    "embedded": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "ttft"),
-    "vllm": ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32", "stock16", "stock64", "disk", "ttft"),
+    "embedded": (*_MIXES, "ttft"),
+    "vllm": (*_MIXES, "stock16", "stock64", "stock256", "disk", "ttft"),
 }
 FIRST_TOKENS = ("unsteered", "warm", "new")
 _FIRSTS = 30
@@ -241,7 +242,7 @@ def plot(host: str, results: dict, file: Path) -> None:
         axis.errorbar(
             [cell.split("x")[place] for cell in known], middles, errors, marker="o", capsize=3, label="atomsteer"
         )
-        for name, style in (("stock16", "--"), ("stock64", "-."), ("disk", ":")):
+        for name, style in (("stock16", "--"), ("stock64", "-."), ("stock256", (0, (1, 1))), ("disk", ":")):
             if name in ratios:
                 axis.axhline(ratios[name][1], linestyle=style, color="grey", label=_LINES[name])
         axis.set_xlabel(label)
@@ -257,6 +258,7 @@ def plot(host: str, results: dict, file: Path) -> None:
 _LINES = {
     "stock16": "vLLM LoRA, 16 slots, 16 mixes",
     "stock64": "vLLM LoRA, 64 slots, 64 mixes",
+    "stock256": "vLLM LoRA, 256 slots, 256 mixes",
     "disk": "one adapter on disk for each strength",
 }
 
