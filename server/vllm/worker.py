@@ -7,6 +7,7 @@ there are slow, and give an unsteered row in a steered batch another row's adapt
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -132,7 +133,7 @@ class SteeringWorker:
         self.model_runner.lora_manager.keep_versions(content_hashes)
 
 
-class _MixManager(LRUCacheLoRAModelManager):
+class _MixManager(LRUCacheLoRAModelManager, ABC):
     """What both managers share. All versions have the base adapter and the composition of `package`, the first one."""
 
     def __init__(self, package: Package, *, model: nn.Module, vllm_config: VllmConfig, **options: Any) -> None:
@@ -156,9 +157,9 @@ class _MixManager(LRUCacheLoRAModelManager):
         self._active_adapters.touch(lora_id)
         return True
 
+    @abstractmethod
     def stack(self, bank: AtomBank) -> Any:
         """The atoms of a version in the form that mixes are composed from here. Any thread may call it."""
-        raise NotImplementedError
 
     def forget(self, version: Resident[Any]) -> None:
         """Drops the mixes of `version`, in slots and out of them."""

@@ -80,15 +80,6 @@ def replace_package(path: Path, version: str, *, scale: float = 1.0) -> Package:
     return Package.read(path)
 
 
-def wait_until(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def test_every_line_of_the_log_is_json_without_prompts_and_keys(operated: Operated) -> None:
     forged = 'x"}\n{"level": "INFO", "message": "forged"}'
     answer = operated.post("/v1/chat/completions", {"model": "tiny", "max_tokens": 2, "messages": [
@@ -108,11 +99,11 @@ def test_every_line_of_the_log_is_json_without_prompts_and_keys(operated: Operat
         assert secret not in text
 
 
-def test_a_key_is_made_and_withdrawn_while_the_server_runs(operated: Operated) -> None:
+def test_a_key_is_made_and_withdrawn_while_the_server_runs(operated: Operated, wait_for) -> None:
     guest = create_key(operated.api_keys, "guest")
-    assert wait_until(lambda: operated.post("/v1/steering/preview", {}, guest).status_code == 200)
+    assert wait_for(lambda: operated.post("/v1/steering/preview", {}, guest).status_code == 200, SECONDS)
     create_key(operated.api_keys, "guest", replace=True)
-    assert wait_until(lambda: operated.post("/v1/steering/preview", {}, guest).status_code == 401)
+    assert wait_for(lambda: operated.post("/v1/steering/preview", {}, guest).status_code == 401, SECONDS)
     assert operated.post("/v1/steering/preview", {}).status_code == 200
 
 
@@ -163,7 +154,7 @@ def test_a_new_version_takes_over_under_load_without_a_failed_request(operated: 
     assert all(text == texts[mix] for mix, text in seen), "an answer was made by another version than it names"
 
 
-def test_a_broken_package_is_refused_and_sighup_takes_the_mended_one(operated: Operated) -> None:
+def test_a_broken_package_is_refused_and_sighup_takes_the_mended_one(operated: Operated, wait_for) -> None:
     pid = _server_pid(operated)
     served = operated.ask()["system_fingerprint"]
     file = operated.package / "drift.safetensors"
@@ -172,13 +163,13 @@ def test_a_broken_package_is_refused_and_sighup_takes_the_mended_one(operated: O
     refused = operated.post("/v1/admin/reload", {}, operated.admin_key)
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "reload_failed")
     os.kill(pid, signal.SIGHUP)
-    assert wait_until(lambda: any("SIGHUP: nothing was changed" in line["message"] for line in operated.lines()))
+    assert wait_for(lambda: any("SIGHUP: nothing was changed" in line["message"] for line in operated.lines()), SECONDS)
     assert operated.ask()["system_fingerprint"] == served
     file.write_bytes(whole)
     replace_package(operated.package, "3")
     os.kill(pid, signal.SIGHUP)
     version = lambda: httpx.get(operated.url + "/version").json()["package_version"]  # noqa: E731
-    assert wait_until(lambda: version() == "3")
+    assert wait_for(lambda: version() == "3", SECONDS)
     assert operated.ask()["system_fingerprint"] != served
     assert operated.post("/v1/admin/reload", {}).status_code == 403
 

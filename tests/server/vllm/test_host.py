@@ -146,16 +146,8 @@ async def client(
         yield client
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come")
-
-
 async def test_what_is_in_flight_ends_on_its_version_and_all_else_is_the_new_ones(
-    client: AsyncClient, engine: Engine, put, negated, package: Package
+    client: AsyncClient, engine: Engine, put, negated, package: Package, until
 ) -> None:
     second = negated("2")
     ask = {"model": "demo:lists", "prompt": "x"}
@@ -246,7 +238,7 @@ async def test_a_reload_ends_with_the_engine(client: AsyncClient, engine: Engine
 
 
 async def test_a_task_that_outlives_its_request_keeps_the_version_or_is_told(
-    client: AsyncClient, endpoint: SteeringEndpoint, engine: Engine, put, negated
+    client: AsyncClient, endpoint: SteeringEndpoint, engine: Engine, put, negated, until
 ) -> None:
     """As a response in the background does: the engine is asked after the request has been answered."""
     outputs: list[Any] = []

@@ -90,14 +90,6 @@ def put(path: Path) -> Callable[[Package], None]:
     return make
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(200):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not come")
-
-
 @contextmanager
 def in_use(version: WorkerVersion) -> Iterator[None]:
     with version.used():
@@ -105,7 +97,7 @@ def in_use(version: WorkerVersion) -> Iterator[None]:
 
 
 async def test_a_version_stays_in_all_workers_until_its_last_request_has_ended(
-    versions: WorkerVersions, engines: Engines, put, negated, shown: list[str]
+    versions: WorkerVersions, engines: Engines, put, negated, shown: list[str], until
 ) -> None:
     first, second = versions.current, negated("2")
     put(second)
@@ -121,7 +113,7 @@ async def test_a_version_stays_in_all_workers_until_its_last_request_has_ended(
         pass
 
 
-async def test_the_same_package_again_changes_nothing(versions: WorkerVersions, engines: Engines, shown) -> None:
+async def test_the_same_package_again_changes_nothing(versions: WorkerVersions, engines: Engines, shown, until) -> None:
     first = versions.current
     with first.used():
         old, new = await versions.reload()
@@ -144,7 +136,7 @@ async def test_another_alias_needs_nothing_of_the_workers(
 
 
 async def test_back_to_a_version_that_still_has_requests(
-    versions: WorkerVersions, engines: Engines, put, negated
+    versions: WorkerVersions, engines: Engines, put, negated, until
 ) -> None:
     first, original = versions.current, versions.current.package
     put(negated("2"))
@@ -157,7 +149,7 @@ async def test_back_to_a_version_that_still_has_requests(
     assert engines.held() == [{"1.0"}] * 4 and not versions.current.ended
 
 
-async def test_many_reloads_leave_one_version(versions: WorkerVersions, engines: Engines, put, negated) -> None:
+async def test_many_reloads_leave_one_version(versions: WorkerVersions, engines: Engines, put, negated, until) -> None:
     for number in range(2, 14):
         put(negated(str(number)))
         await versions.reload()
@@ -204,7 +196,7 @@ async def test_a_broken_package_is_refused_before_the_workers_hear_of_it(
 
 
 async def test_an_old_version_that_ends_meanwhile_does_not_take_the_one_being_read(
-    versions: WorkerVersions, engines: Engines, put, negated, monkeypatch
+    versions: WorkerVersions, engines: Engines, put, negated, monkeypatch, until
 ) -> None:
     first = versions.current
     put(negated("2"))
