@@ -22,8 +22,25 @@ from torch import Tensor
 
 from atoms.space import Direction, LoRASpace
 
-_PART = 32
+_PART = 512
 """Rows that are solved together: their working sets, of like size, are padded to the largest."""
+_SYSTEMS = 20
+_ITERATIONS, _TOLERANCE = 500, 1e-6
+"""A code changes by less than this in the last iteration."""
+_PRODUCT_ROWS = 32
+"""Fewer rows than this are left to MKL: oneDNN rearranges the other matrix on every call, whatever the rows."""
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """rows othersᵀ (n, m) of (n, D) and (m, D).
+
+    On CPUs torch gives float32 products to MKL, which on CPUs of other makers than its own keeps to AVX2; oneDNN, which torch
+    brings as well, uses what the CPU has. The operator is the one that torch's compiler emits; it has no gradient.
+    """
+    plain = rows.device.type == "cpu" and rows.dtype == others.dtype == torch.float32 and len(rows) >= _PRODUCT_ROWS
+    if plain and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
+    return rows @ others.T
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,24 @@ class RowWhitening:
         """rows (…, D) with their leading components times `factors` (r,), the rest as it is."""
         return rows + (rows @ self.components * (factors - 1)) @ self.components.T
 
+    def scales(self, rows: Tensor) -> Tensor:
+        """s (N,) with x̃ = s W (x − μ), 0 for a row equal to the mean. V is orthonormal: ‖W y‖² = ‖y‖² − Σ (1 − f²) (v·y)²."""
+        centred = rows - self.mean
+        squared = centred.square().sum(1)
+        if self.factors.numel():
+            squared -= inner_products(centred, self.components.T).square() @ (1 - self.factors.square())
+        return torch.where(squared > 0, squared.clamp_min(torch.finfo(rows.dtype).tiny).rsqrt(), 0)
+
+    def fold(self, atoms: Tensor) -> tuple[Tensor, Tensor]:
+        """(D W (K, D), D W μ (K,)) of atoms D (K, D): X̃ Dᵀ = diag(s) (X (D W)ᵀ − (D W μ)ᵀ), so that K atoms are whitened in
+        place of N rows."""
+        folded = self.scale(atoms, self.factors)
+        return folded, folded @ self.mean
+
+    def unfold(self, sums: Tensor, weights: Tensor) -> Tensor:
+        """AᵀX̃ = (Aᵀ diag(s) X − (Aᵀs) μᵀ) W (K, D) from the sums Aᵀ diag(s) X (K, D) over stored rows, and Aᵀs (K,)."""
+        return self.scale(sums - weights[:, None] * self.mean, self.factors)
+
     def undo(self, atom: Tensor, exponent: float) -> Tensor:
         """W^{−2p} d: an atom (D,) in the coordinates of stored rows, ready for `Projection.unproject` with the same p.
 
@@ -199,49 +234,55 @@ class SparseCoder:
 
     def __init__(self, dictionary: Tensor) -> None:
         self.dictionary = dictionary
-        self._gram = dictionary @ dictionary.T  # (K, K)
+        self._gram = inner_products(dictionary, dictionary)  # (K, K)
 
-    def codes(
-        self, rows: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
-    ) -> Tensor:
-        """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁, rows (N, D). A code changes by less than `tolerance` at the end."""
-        return self._solve(rows @ self.dictionary.T, alpha, nonnegative, iterations, tolerance)[0]
+    def codes(self, rows: Tensor, alpha: float, *, nonnegative: bool) -> Tensor:
+        """Codes (N, K) that minimise ½‖X − A D‖² + α‖A‖₁, rows (N, D)."""
+        return self._solve(inner_products(rows, self.dictionary), alpha, nonnegative)[0]
 
-    def coding(
-        self, rows: Tensor, alpha: float, *, nonnegative: bool, iterations: int = 500, tolerance: float = 1e-6
-    ) -> Coding:
+    def coding(self, rows: Tensor, alpha: float, *, nonnegative: bool) -> Coding:
         """Codes with their objective and duality gap, for one product with the dictionary in all."""
-        target = rows @ self.dictionary.T
-        codes, correlation = self._solve(target, alpha, nonnegative, iterations, tolerance)
-        squared, fitted = rows.square().sum(1), (codes * target).sum(1)  # ‖x‖², x·Da
+        target = inner_products(rows, self.dictionary)
+        return self.coding_of(target, rows.square().sum(1), alpha, nonnegative=nonnegative)
+
+    def coding_of(self, target: Tensor, squared: Tensor, alpha: float, *, nonnegative: bool) -> Coding:
+        """The same from the rows' correlations with the atoms X Dᵀ (N, K) and ‖x‖² (N,) alone."""
+        codes, correlation = self._solve(target, alpha, nonnegative)
+        fitted = (codes * target).sum(1)  # x·Da
         residual = squared - fitted - (codes * correlation).sum(1)  # ‖x − Da‖²
         value = 0.5 * residual + alpha * codes.abs().sum(1)
         scale = _dual_scale(correlation, alpha, nonnegative)
         return Coding(codes, value, value - scale * (squared - fitted) + 0.5 * scale.square() * residual)
 
-    def _solve(
-        self, target: Tensor, alpha: float, nonnegative: bool, iterations: int, tolerance: float
-    ) -> tuple[Tensor, Tensor]:
+    def _solve(self, target: Tensor, alpha: float, nonnegative: bool) -> tuple[Tensor, Tensor]:
         """(codes, correlation of the residual with every atom), both (N, K). `target` is X Dᵀ."""
         codes, correlation = torch.zeros_like(target), target.clone()
         working = torch.zeros_like(target, dtype=torch.bool)
-        pending = torch.arange(len(target))
         while True:
-            strength = correlation[pending] if nonnegative else correlation[pending].abs()
-            joining = (strength > alpha + tolerance) & ~working[pending]
-            pending, joining = pending[joining.any(1)], joining[joining.any(1)]
+            joining = (correlation if nonnegative else correlation.abs()) > alpha + _TOLERANCE
+            joining &= ~working
+            pending = joining.any(1).nonzero().flatten()
             if not len(pending):
                 return codes, correlation
-            working[pending] |= joining
+            working |= joining
             pending = pending[torch.argsort(working[pending].sum(1), stable=True)]  # parts of like size
             for part in pending.split(_PART):
-                columns = working[part].float().topk(int(working[part].sum(1).max()), dim=1).indices
-                gram = self._gram[columns[:, :, None], columns[:, None, :]]  # (n, s, s)
-                solved = _fista(gram, target[part].gather(1, columns), codes[part].gather(1, columns), alpha,
-                                nonnegative, iterations, tolerance)  # fmt: skip
-                codes[part] = codes[part].scatter(1, columns, solved)
-                working[part] = working[part].scatter(1, columns, True)
-            correlation[pending] = target[pending] - torch.sparse.mm(codes[pending].to_sparse(), self._gram)
+                columns, used = _columns(working[part])
+                gram = torch.take(self._gram, columns[:, :, None] * len(self._gram) + columns[:, None, :])  # (n, s, s)
+                solved = _lasso(gram, target[part].gather(1, columns), used, alpha, nonnegative)
+                codes.view(-1)[(part[:, None] * len(self._gram) + columns)[used]] = solved[used]
+                fit = torch.nn.functional.embedding_bag(columns, self._gram, per_sample_weights=solved, mode="sum")
+                correlation[part] = target[part] - fit
+
+
+def _columns(working: Tensor) -> tuple[Tensor, Tensor]:
+    """(columns (n, s) of the atoms that each row of `working` (n, K) marks, which of them are no padding (n, s))."""
+    sizes = working.sum(1)
+    atoms = working.nonzero()[:, 1]
+    used = torch.arange(int(sizes.max())) < sizes[:, None]
+    columns = torch.zeros(used.shape, dtype=torch.int64)
+    columns[used] = atoms
+    return columns, used
 
 
 def sparse_codes(rows: Tensor, dictionary: Tensor, alpha: float, *, nonnegative: bool) -> Tensor:
@@ -276,17 +317,48 @@ def _dual_scale(correlation: Tensor, alpha: float, nonnegative: bool) -> Tensor:
     return (alpha / worst.clamp_min(1e-12)).clamp_max(1.0)
 
 
-def _fista(
-    gram: Tensor, target: Tensor, codes: Tensor, alpha: float, nonnegative: bool, iterations: int, tolerance: float
-) -> Tensor:
-    """Codes (n, s) that minimise ½ a G a − a·t + α‖a‖₁ for each row's own Gram matrix G (n, s, s) and target (n, s).
+def _lasso(gram: Tensor, target: Tensor, used: Tensor, alpha: float, nonnegative: bool) -> Tensor:
+    """Codes (n, s) that minimise ½ a G a − a·t + α‖a‖₁ for each row's own Gram matrix G (n, s, s) and target (n, s), 0 where
+    not `used` (n, s).
 
-    Beck & Teboulle 2009, with the adaptive restart of O'Donoghue & Candès 2015, from `codes` on. The step is one over the
+    Primal-dual active sets (Hintermüller, Ito & Kunisch 2002): with the codes' signs σ given, a is the solution of a linear
+    system, and its optimality conditions give the next σ; nearly always three or four of them end it, exactly. Rows where
+    they do not, as with atoms that are equal, are left to `_fista`.
+    """
+    codes, signs = torch.zeros_like(target), _signs(target, used, alpha, nonnegative)
+    pending = torch.arange(len(target))
+    for _ in range(_SYSTEMS):
+        sign, t, g = signs[pending], target[pending], gram[pending]
+        active = sign.abs()
+        system = g * active[:, :, None] * active[:, None, :] + torch.diag_embed(1 - active)
+        solved = torch.linalg.solve_ex(system, active * t - alpha * sign)[0]
+        left = t - torch.bmm(g, solved[:, :, None])[:, :, 0]
+        codes[pending], signs[pending] = solved, _signs(solved + left, used[pending], alpha, nonnegative)
+        settled = (signs[pending] == sign) & ((left - alpha * sign).abs() * active < _TOLERANCE)
+        pending = pending[~settled.all(1)]
+        if not len(pending):
+            return codes
+    g = gram[pending] * (used[pending, :, None] & used[pending, None, :])
+    codes[pending] = _fista(g, target[pending] * used[pending], alpha, nonnegative)
+    return codes
+
+
+def _signs(values: Tensor, used: Tensor, alpha: float, nonnegative: bool) -> Tensor:
+    """1 above α, −1 below −α (unless `nonnegative`), else 0; 0 where not `used`."""
+    above = ((values > alpha) & used).to(values.dtype)
+    return above if nonnegative else above - ((values < -alpha) & used).to(values.dtype)
+
+
+def _fista(gram: Tensor, target: Tensor, alpha: float, nonnegative: bool) -> Tensor:
+    """Codes (n, s) as in `_lasso`, for any G.
+
+    Beck & Teboulle 2009, with the adaptive restart of O'Donoghue & Candès 2015. The step is one over the
     largest row sum of |G|, which bounds the largest eigenvalue.
     """
     step = 1.0 / gram.abs().sum(2).amax(1, keepdim=True).clamp_min(1e-12)
-    momentum, t = codes, 1.0
-    for _ in range(iterations):
+    codes = momentum = torch.zeros_like(target)
+    t = 1.0
+    for _ in range(_ITERATIONS):
         gradient = torch.bmm(momentum[:, None], gram)[:, 0] - target
         updated = _shrink(momentum - step * gradient, step * alpha, nonnegative)
         change = updated - codes
@@ -294,7 +366,7 @@ def _fista(
             t = 1.0
         t_next = (1 + (1 + 4 * t * t) ** 0.5) / 2
         momentum, codes, t = updated + (t - 1) / t_next * change, updated, t_next
-        if float(change.abs().max()) < tolerance:
+        if float(change.abs().max()) < _TOLERANCE:
             break
     return codes
 

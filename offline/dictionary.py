@@ -2,18 +2,21 @@
 
 Alternates codes (`atoms.projection.SparseCoder`) with exact block updates of one atom after the other. Only AᵀA
 (K, K) and AᵀX (K, D) are kept between the two, and both add up over shards and ranks, so memory does not grow with N.
+
+Whitened rows x̃ = s W (x − μ) are never formed: all but the scales s (N,), which are worked out once, is linear, so it is done
+to K atoms a pass in place of N rows (`RowWhitening.fold`, `unfold`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from atoms.errors import ConfigError
-from atoms.projection import SparseCoder
+from atoms.projection import Coding, SparseCoder, inner_products
 from offline.config import DictionaryConfig
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
@@ -115,10 +118,11 @@ def learn_dictionary(
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randperm(len(documents), generator=generator)[:count]
     atoms = _unit(store.rows([documents[int(i)] for i in picks]))
+    scales = store.scales(documents, ranks)
     objectives: list[float] = []
     with progress.task(name, config.iterations, "iterations") as bar:
         for iteration in range(config.iterations):
-            statistics = _accumulate(store, documents, atoms, config, ranks)
+            statistics = _accumulate(store, documents, scales, atoms, config, ranks)
             objectives.append(statistics.objective)
             settled = len(objectives) > 5 and objectives[-2] - objectives[-1] < _TOLERANCE * objectives[-1]
             reviving = iteration < _REVIVE_UNTIL * config.iterations
@@ -157,11 +161,10 @@ def learn_with_scikit(
 
 def encode(store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig) -> Codes:
     """The codes of `documents` over all `atoms`, in ascending order of document."""
-    coder = SparseCoder(atoms)
     numbers, found = [], []
-    for block, rows in store.blocks(documents):
-        numbers.append(block)
-        found.append(coder.codes(rows, config.alpha, nonnegative=config.nonnegative).to_sparse())
+    for batch, _, coding in _coded(store, documents, store.scales(documents), atoms, config, ALONE):
+        numbers.append(batch)
+        found.append(coding.codes.to_sparse())
     unsorted = torch.cat(numbers)
     order = torch.argsort(unsorted)
     return Codes.of_matrix(unsorted[order], torch.cat(found).index_select(0, order))
@@ -189,24 +192,44 @@ def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     return atoms
 
 
+def _coded(
+    store: RowStore, documents: Sequence[int], scales: Tensor, atoms: Tensor, config: DictionaryConfig, ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor, Coding]]:
+    """(document numbers (n,), rows as stored (n, D), their coding) batch by batch of this rank's share."""
+    folded, offset = store.whitening.fold(atoms)
+    coder = SparseCoder(atoms)
+    for numbers, rows in store.batches(documents, ranks):
+        scale = scales[numbers]
+        target = (inner_products(rows, folded) - offset) * scale[:, None]  # X̃ Dᵀ
+        squared = (scale > 0).to(target.dtype)  # ‖x̃‖²: only a row equal to the mean has not unit length
+        yield numbers, rows, coder.coding_of(target, squared, config.alpha, nonnegative=config.nonnegative)
+
+
 def _accumulate(
-    store: RowStore, documents: Sequence[int], atoms: Tensor, config: DictionaryConfig, ranks: Ranks
+    store: RowStore, documents: Sequence[int], scales: Tensor, atoms: Tensor, config: DictionaryConfig, ranks: Ranks
 ) -> _Statistics:
     count, dim = atoms.shape
     total = _Statistics(torch.zeros(count, count), torch.zeros(count, dim), torch.zeros(3, dtype=torch.float64),
                         torch.tensor([[-torch.inf, -1.0]] * count, dtype=torch.float64))  # fmt: skip
-    coder = SparseCoder(atoms)
-    for numbers, rows in store.blocks(documents, ranks):
-        coding = coder.coding(rows, config.alpha, nonnegative=config.nonnegative)
-        losses = coding.objective.double()
-        transposed = coding.codes.T.to_sparse()  # a row uses a few atoms only
-        total.gram += torch.sparse.mm(transposed, coding.codes)
-        total.cross += torch.sparse.mm(transposed, rows)
+    weights = torch.zeros(count)  # Aᵀs
+    for numbers, rows, coding in _coded(store, documents, scales, atoms, config, ranks):
+        losses, scaled = coding.objective.double(), coding.codes * scales[numbers, None]
+        total.gram += _weighted_sums(coding.codes, coding.codes)
+        total.cross += _weighted_sums(scaled, rows)
+        weights += scaled.sum(0)
         total.sums += torch.stack([losses.sum(), coding.gap.double().sum(), losses.new_tensor(len(rows))])
         total.worst = _largest(torch.cat([total.worst, torch.stack([losses, numbers.double()], 1)]), count)
-    ranks.add(total.gram, total.cross, total.sums)
+    ranks.add(total.gram, total.cross, weights, total.sums)
+    total.cross = store.whitening.unfold(total.cross, weights)
     total.worst = _largest(ranks.gather(total.worst), count)
     return total
+
+
+def _weighted_sums(codes: Tensor, rows: Tensor) -> Tensor:
+    """AᵀX (K, D) of codes A (n, K), of which few are not zero, and rows X (n, D)."""
+    atoms, places = codes.T.nonzero(as_tuple=True)
+    starts = torch.searchsorted(atoms, torch.arange(codes.shape[1]))
+    return torch.nn.functional.embedding_bag(places, rows, starts, per_sample_weights=codes[places, atoms], mode="sum")
 
 
 def _largest(candidates: Tensor, count: int) -> Tensor:

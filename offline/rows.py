@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 SKETCH_COLUMNS = 8
 SHARD_DOCUMENTS = 128
+BATCH_DOCUMENTS = 1024
+"""Rows that are read together: enough that what is done once a batch costs little beside the product with all atoms."""
 
 
 def write_rows(
@@ -164,14 +166,41 @@ class RowStore:
         for path in ranks.share(self.shards):
             yield _load(path, "row")
 
-    def blocks(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        """(document numbers (n,), x̃ (n, D)) shard by shard of this rank's share, restricted to `documents`."""
+    def batches(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+        """(document numbers (n,), x (n, D) as stored) of those `documents` that are in this rank's share of the shards, at most
+        `BATCH_DOCUMENTS` at a time. The rows lie in one buffer, which the next batch overwrites."""
         wanted = torch.tensor(sorted(documents))
+        buffer, filled, numbers = (
+            torch.empty(BATCH_DOCUMENTS, self.width),
+            0,
+            torch.empty(BATCH_DOCUMENTS, dtype=torch.int64),
+        )
         for path in ranks.share(self.shards):
-            numbers = _load(path, "document")
-            keep = torch.isin(numbers, wanted)
-            if keep.any():
-                yield numbers[keep], self.whitening.apply(_load(path, "row")[keep])[0]
+            document, row = _load(path, "document"), _load(path, "row")
+            keep = torch.isin(document, wanted).nonzero().flatten()
+            while len(keep):
+                part, keep = keep[: BATCH_DOCUMENTS - filled], keep[BATCH_DOCUMENTS - filled :]
+                end = filled + len(part)
+                torch.index_select(row, 0, part, out=buffer[filled:end])
+                numbers[filled:end] = document[part]
+                filled = end
+                if filled == BATCH_DOCUMENTS:
+                    yield numbers.clone(), buffer
+                    filled = 0
+        if filled:
+            yield numbers[:filled], buffer[:filled]
+
+    def blocks(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+        """(document numbers (n,), x̃ (n, D)) of those `documents` that are in this rank's share of the shards, in parts."""
+        for numbers, rows in self.batches(documents, ranks):
+            yield numbers, self.whitening.apply(rows)[0]
+
+    def scales(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
+        """s (N,) with x̃ = s W (x − μ) for those `documents` that are in this rank's share of the shards; 0 for all others."""
+        scales = torch.zeros(len(self))
+        for numbers, rows in self.batches(documents, ranks):
+            scales[numbers] = self.whitening.scales(rows)
+        return scales
 
     def rows(self, documents: Sequence[int]) -> Tensor:
         """x̃ (n, D) of `documents`, in that order."""

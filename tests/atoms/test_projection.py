@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
-from atoms.projection import MatrixBasis, Projection, RowWhitening, duality_gap, objective, sparse_codes
+from atoms.projection import MatrixBasis, Projection, RowWhitening, SparseCoder, duality_gap, objective, sparse_codes
 from atoms.space import LoRAModule, LoRASpace
 
 SPACE = LoRASpace.of([LoRAModule("m.q_proj", 6, 5, 2, 2.0), LoRAModule("m.v_proj", 6, 4, 2, 2.0)])
@@ -116,6 +116,32 @@ def test_leading_components_are_scaled_and_the_rest_is_left_alone() -> None:
     assert torch.allclose(unit.norm(dim=1), torch.ones(3))
 
 
+@pytest.mark.parametrize("components", [0, 3])
+def test_whitening_atoms_in_place_of_rows_is_the_same(components: int) -> None:
+    """Scales, X̃ Dᵀ and AᵀX̃ from stored rows against the whitened rows themselves, in float64; a row may equal the mean."""
+    generator = torch.Generator().manual_seed(5)
+    rows, atoms = 9 * torch.randn(50, 20, generator=generator) + 3, torch.randn(7, 20, generator=generator)
+    rows[4] = mean = torch.full((20,), 3.0)
+    v = torch.linalg.qr(torch.randn(20, components, generator=generator)).Q
+    whitening = RowWhitening(mean, v, torch.tensor([0.1, 0.3, 0.7])[:components])
+    v, factors = v.double(), whitening.factors.double()
+    whitened = (rows - mean).double() @ (torch.eye(20) - v * (1 - factors) @ v.T).double()
+    whitened = torch.nn.functional.normalize(whitened, dim=1)
+    assert torch.allclose(whitening.apply(rows)[0].double(), whitened, atol=1e-5)
+
+    scales = whitening.scales(rows)
+    folded, offset = whitening.fold(atoms)
+    assert scales[4] == 0 and (scales > 0).sum() == 49
+    products = (rows @ folded.T - offset) * scales[:, None]
+    assert torch.allclose(products.double(), whitened @ atoms.double().T, atol=1e-5)
+
+    codes = torch.rand(50, 7, generator=generator)
+    scaled = codes * scales[:, None]
+    assert torch.allclose(
+        whitening.unfold(scaled.T @ rows, scaled.sum(0)).double(), codes.double().T @ whitened, atol=1e-4
+    )
+
+
 def test_row_whitening_reads_back_and_old_packages_have_only_a_mean() -> None:
     whitening = RowWhitening(torch.randn(6), torch.linalg.qr(torch.randn(6, 2)).Q, torch.tensor([0.1, 0.5]))
     rows = torch.randn(4, 6)
@@ -141,12 +167,29 @@ def test_codes_reach_scikit_learns_lasso(nonnegative: bool, alpha: float) -> Non
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
+def test_codes_are_optimal_where_atoms_are_equal_or_more_than_dimensions(nonnegative: bool) -> None:
+    """Then the linear systems of active sets are singular, and another solver finishes."""
+    rows, atoms = random_problem(3)
+    atoms = torch.cat([atoms, atoms, -atoms[:2], rows[:3]])
+    codes = sparse_codes(rows, atoms, 0.02, nonnegative=nonnegative)
+    assert duality_gap(rows, codes, atoms, 0.02, nonnegative=nonnegative).max() < 1e-4
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
 def test_the_duality_gap_of_bad_codes_is_positive_and_bounds_their_error(nonnegative: bool) -> None:
     rows, atoms = random_problem(1)
     best = objective(rows, sparse_codes(rows, atoms, 0.1, nonnegative=nonnegative), atoms, 0.1)
     bad = torch.rand(len(rows), len(atoms))
     gap = duality_gap(rows, bad, atoms, 0.1, nonnegative=nonnegative)
     assert torch.all(gap >= objective(rows, bad, atoms, 0.1) - best - 1e-5)
+
+
+def test_the_coding_from_correlations_alone_has_the_objective_and_the_gap() -> None:
+    rows, atoms = random_problem(4)
+    coding = SparseCoder(atoms).coding_of(rows @ atoms.T, rows.square().sum(1), 0.1, nonnegative=True)
+    assert torch.equal(coding.codes, sparse_codes(rows, atoms, 0.1, nonnegative=True))
+    assert torch.allclose(coding.objective, objective(rows, coding.codes, atoms, 0.1), atol=1e-5)
+    assert torch.allclose(coding.gap, duality_gap(rows, coding.codes, atoms, 0.1, nonnegative=True), atol=1e-5)
 
 
 def test_alpha_above_every_correlation_gives_no_codes() -> None:

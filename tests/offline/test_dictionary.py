@@ -10,11 +10,14 @@ import torch
 from sklearn.decomposition import MiniBatchDictionaryLearning
 from torch import Tensor
 
+import offline.dictionary as dictionary_module
+import offline.rows as rows_module
 from atoms.projection import objective, sparse_codes
 from atoms.storage import write_tensors
 from offline.config import DictionaryConfig, WhiteningConfig
 from offline.dictionary import default_atoms, encode, learn_dictionary, update_atoms
 from offline.progress import Progress
+from offline.ranks import ALONE
 from offline.rows import RowStore, shard_path
 from offline.whitening import fit_whitening
 
@@ -108,6 +111,35 @@ def test_codes_come_in_order_of_documents_and_only_for_those_asked(store: RowSto
         places, values = codes.of(atom)
         assert places.tolist() == expected[:, atom].nonzero().flatten().tolist()
         assert torch.allclose(values, expected[places, atom], atol=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_a_pass_equals_the_plain_computation_on_whitened_rows(
+    store: RowStore, ridge: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches over the bounds of shards, some documents only, whitening of atoms: against float64 on whitened rows."""
+    monkeypatch.setattr(rows_module, "BATCH_DOCUMENTS", 25)
+    store = replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=ridge)))
+    documents = [d for d in range(len(store)) if d % 4]
+    rows, atoms = store.rows(documents).double(), torch.nn.functional.normalize(planted_rows()[:9])
+    found = dictionary_module._accumulate(store, documents, store.scales(documents), atoms, DictionaryConfig(), ALONE)
+    codes = sparse_codes(rows, atoms.double(), ALPHA, nonnegative=True)
+    losses = objective(rows, codes, atoms.double(), ALPHA)
+    assert bool(len(store.whitening.factors)) == bool(ridge)
+    assert torch.allclose(found.gram.double(), codes.T @ codes, atol=1e-4)
+    assert torch.allclose(found.cross.double(), codes.T @ rows, atol=1e-4)
+    assert found.objective == pytest.approx(float(losses.mean()), rel=1e-5) and found.sums[2] == len(documents)
+    assert found.worst[:, 1].tolist() == [documents[int(i)] for i in losses.argsort(descending=True)[:9]]
+
+
+def test_batches_hold_each_document_asked_for_once(store: RowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "BATCH_DOCUMENTS", 7)
+    wanted = [0, 5, *range(40, 70), 119]
+    batches = [(numbers, rows.clone()) for numbers, rows in store.batches(wanted)]
+    assert [len(numbers) for numbers, _ in batches] == [7, 7, 7, 7, 5]
+    numbers, rows = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert sorted(numbers.tolist()) == wanted
+    assert torch.equal(rows, store.uncentred(numbers.tolist()))
 
 
 def test_the_default_size_follows_the_corpus() -> None:
