@@ -11,7 +11,7 @@ from offline.evaluation.answers import AnswerLog
 from offline.evaluation.directions import Directions
 from offline.evaluation.harness import Harness
 from server.embedded.engine import EmbeddedEngine
-from server.embedded.load import EngineOptions, load_merged
+from server.embedded.load import EngineOptions, load_served
 
 ANSWERS = "answers.jsonl"
 TABLE_WIDTH = 150
@@ -22,7 +22,7 @@ TABLE_WIDTH = 150
 def open_harness(package: Package, work: Path, max_tokens: int, options: EngineOptions) -> Iterator[Harness]:
     """A harness whose answers are kept in `work`. Raises as `load_package`, DataError for a damaged log of answers."""
     log = AnswerLog(work / ANSWERS)
-    model, tokenizer = load_merged(package, options)
+    model, tokenizer = load_served(package, options)
     directions = Directions(package)
     engine = EmbeddedEngine(model, tokenizer, package.base_adapter.space, directions.compose, slots=options.slots)
     try:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -48,6 +48,9 @@ rounding alone moves the logits by as much as a small mix does (docs/discovery.m
 _STEP = 0.25
 """h of the central difference."""
 _DELTA_LOGITS_BYTES = 512 * 2**20
+_KL_ROWS = 16
+_LOGITS_BYTES = 256 * 2**20
+"""Memory of one forward's float32 logits, two or three of which live at once: 256 labels at a vocabulary of 262,144."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,10 @@ class DriftMeter:
     def __init__(
         self, steered: SteeredModel, base: Adapter, composition: Composition, batches: Sequence[Batch]
     ) -> None:
-        self.steered, self.base, self.composition, self.batches = steered, base, composition, batches
-        self.tokens = sum(len(batch.labels) for batch in batches)
-        self._unsteered = [self._log_probs(batch, None) for batch in batches]
+        self.steered, self.base, self.composition = steered, base, composition
+        self.batches = within_logits(batches, steered.model)
+        self.tokens = sum(len(batch.labels) for batch in self.batches)
+        self._unsteered = [self._log_probs(batch, None) for batch in self.batches]
 
     def kl(self, direction: Direction, coefficient: float = 1.0) -> float:
         """KL(unsteered ‖ steered) at `coefficient`, nats a token."""
@@ -74,10 +78,8 @@ class DriftMeter:
 
     def kl_of(self, delta: Delta) -> float:
         """KL of an arbitrary delta on top of merged θ0, nats a token."""
-        total = 0.0
-        for batch, base in zip(self.batches, self._unsteered, strict=True):
-            total += float((base.exp() * (base - self._log_probs(batch, delta))).sum().double())
-        return total / self.tokens
+        batches = zip(self.batches, self._unsteered, strict=True)
+        return sum(_kl_sum(base, self._log_probs(batch, delta)) for batch, base in batches) / self.tokens
 
     def drift_matrix(self, directions: Sequence[Direction], task: Task) -> Tensor:
         """M (J, J) float32 at coefficient 1. Token chunks bound the memory of the J logit changes."""
@@ -208,6 +210,22 @@ def make_batches(documents: Sequence[EncodedDocument], batch_tokens: int, device
     return [collate(group).to(device) for group in plan_batches(documents, batch_tokens)]
 
 
+def within_logits(batches: Sequence[Batch], model: Any) -> list[Batch]:
+    """`batches`, those split whose logits at label positions would take more than 256 MiB in float32.
+
+    A document is never split: it stands alone if it is longer.
+    """
+    most = _LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
+    return [part for batch in batches for part in _split_batch(batch, most)]
+
+
+@torch.inference_mode()
+def _kl_sum(base: Tensor, moved: Tensor) -> float:
+    """KL summed over rows of log-probabilities (n, V), a few rows at a time: V numbers a row are many."""
+    rows = zip(base.split(_KL_ROWS), moved.split(_KL_ROWS), strict=True)
+    return sum(float((ours.exp() * (ours - theirs)).sum().double()) for ours, theirs in rows)
+
+
 def _mean_loss(
     meter: DriftMeter, documents: Sequence[EncodedDocument], delta: Delta | None, batch_tokens: int
 ) -> float:
@@ -215,7 +233,8 @@ def _mean_loss(
     meter.steered.set_slot(0, delta)
     total = 0.0
     with torch.inference_mode():
-        for batch in make_batches(documents, batch_tokens, meter.batches[0].labels.device):
+        made = make_batches(documents, batch_tokens, meter.batches[0].labels.device)
+        for batch in within_logits(made, meter.steered.model):
             with meter.steered.rows([0] * len(batch.documents)):
                 total += float(mean_losses(label_logits(meter.steered.model, batch), batch).sum())
     return total / len(documents)
@@ -227,6 +246,8 @@ def _orientation(documents: Sequence[EncodedDocument], unsteered: float, steered
 
 def _split_batch(batch: Batch, max_labels: int) -> list[Batch]:
     """Splits a batch by documents so that no part has more than `max_labels` label positions (at least one document)."""
+    if len(batch.labels) <= max_labels:
+        return [batch]
     groups: list[list[EncodedDocument]] = [[]]
     size = 0
     for document in batch.documents:

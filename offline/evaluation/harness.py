@@ -16,7 +16,7 @@ from atoms.engine import Engine
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.steered import SteeredModel
-from offline.calibrate import DriftMeter, make_batches
+from offline.calibrate import DriftMeter, make_batches, within_logits
 from offline.corpus import EncodedDocument
 from offline.evaluation.answers import Answer, Answerer, AnswerLog
 from offline.evaluation.directions import Directions
@@ -83,8 +83,9 @@ class Harness:
     def perplexity(self, answers: Sequence[Answer]) -> float:
         """exp of the mean negative log-likelihood a token of `answers` under the unsteered model, given their prompts."""
         total, tokens = 0.0, 0
-        for batch in make_batches(self._documents(answers), self.batch_tokens, self._device):
-            total += float(sum_losses(label_logits(self._steered.model, batch), batch).double().sum())
+        model, made = self._steered.model, make_batches(self._documents(answers), self.batch_tokens, self._device)
+        for batch in within_logits(made, model):
+            total += float(sum_losses(label_logits(model, batch), batch).double().sum())
             tokens += len(batch.labels)
         return math.exp(total / tokens)
 

@@ -43,6 +43,9 @@ _SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 _SHARE_BESIDE_ROWS = 4
 """While rows decode, a step prefills this part of the tokens that it may: a long prompt must not hold them up."""
 
+_SCORED_LOGITS = 2**24
+"""Most logits of a chunk of an answer that is scored: 64 MiB in fp32, a few of which live at once."""
+
 Sink = Callable[[TokenDelta | EngineError], None]
 """Takes a sequence's deltas and, where it fails, its error. Called on the batcher's thread; must not block."""
 
@@ -77,7 +80,7 @@ class Job:
         self._sink = sink
 
     def accept(self, token: int, logits: Tensor, end_tokens: frozenset[int]) -> None:
-        """Takes the token sampled from raw fp32 logits (V,), and sends what it adds."""
+        """Takes the token sampled from raw logits (V,), and sends what it adds."""
         self.generated += 1
         self.last_token = token
         ended = token in end_tokens and not self.request.sampling.ignore_eos
@@ -104,7 +107,7 @@ class Job:
         count = self.request.sampling.logprobs
         if count is None:
             return ()
-        chosen, best = token_logprobs(logits, token, count)
+        chosen, best = token_logprobs(logits.float(), token, count)
         top = tuple((index, *self._render(index), logprob) for index, logprob in best)
         return (TokenLogprob(token, *self._render(token), chosen, top),)
 
@@ -151,8 +154,11 @@ class Batcher:
         self._compose = compose
         self._end_tokens = end_tokens
         self._prefill_tokens = prefill_tokens
+        self._scored_tokens = max(1, _SCORED_LOGITS // int(model.config.get_text_config().vocab_size))
         self._device = torch.device(model.get_input_embeddings().weight.device)  # type: ignore[arg-type]
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
+        # an index, not a count: that would give the head a view, whose product copies its weight for every row
+        last = torch.tensor([-1], device=self._device)
+        self._last_only = {"logits_to_keep": last} if "logits_to_keep" in _forward_parameters(model) else {}
         self._cache = ColumnCache(steered.slots, max_length)
         self._prefixes = PrefixCache(prefix_tokens)
         self._arrived: deque[Job] = deque()
@@ -345,7 +351,8 @@ class Batcher:
         score, slot = self._scores[0], self._steered.slots - 1
         try:
             self._steered.set_slot(slot, self._compose(score.mix))
-            score.advance(max(1, self._budget // 2), (partial(self._read, None), partial(self._read, slot)))
+            columns = max(1, min(self._budget // 2, self._scored_tokens))
+            score.advance(columns, (partial(self._read, None), partial(self._read, slot)))
         except Exception as error:
             score.fail(_as_engine_error(error))
         if score.done.done():
@@ -368,7 +375,7 @@ class Batcher:
         return logits[:, -last:]
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """fp32 logits (n, V) of the last column; tokens (n, t), mask (n, past + t) bool, positions (n, t)."""
+        """Logits (n, V) of the last column, in the model's dtype; tokens (n, t), mask (n, past + t) bool, positions (n, t)."""
         output = self._model(
             input_ids=tokens,
             attention_mask=mask,
@@ -378,7 +385,7 @@ class Batcher:
             **self._last_only,
         )
         logits: Tensor = output.logits
-        return logits[:, -1].float()
+        return logits[:, -1]
 
     def _accept(self, jobs: list[Job], logits: Tensor) -> None:
         """Samples one token per job from logits (n, V); a failing row ends alone."""

@@ -47,10 +47,7 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
     """Raises PackageError, ModelError, WrongBaseError, AdapterError, ConfigError; nothing runs then."""
     package = Package.read(path)
     bank, _ = package.bank, package.drift  # read and verified now, rather than at the first steered request
-    model, tokenizer = load_merged(package, options)
-    if packed := pack_linears(model):
-        _log.info("packed the weights of %d linears", packed)
-    group_heads(model)
+    model, tokenizer = load_served(package, options)
     engine = EmbeddedEngine(
         model,
         tokenizer,
@@ -65,10 +62,16 @@ def load_package(path: Path, options: EngineOptions) -> LoadedPackage:
     return LoadedPackage(package, engine, int(model.config.get_text_config().vocab_size))
 
 
-def load_merged(package: Package, options: EngineOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What a server runs: `load_base` with θ0 merged into the weights."""
+def load_served(package: Package, options: EngineOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What a server runs: `load_base` with θ0 merged into the weights, which are then packed where that is possible.
+
+    Nothing may read or change the weights of its linears any more.
+    """
     model, tokenizer = load_base(package, options)
     merge_adapter(model, package.base_adapter)
+    if packed := pack_linears(model):
+        _log.info("packed the weights of %d linears", packed)
+    group_heads(model)
     return model, tokenizer
 
 

@@ -41,8 +41,8 @@ class TokenMatcher(Protocol):
         ...
 
 
-_TOP_P_PROBE = 256
-"""top_p is first tried on this many most likely tokens, which nearly always suffice; sorting all V is slow."""
+_TOP_P_PROBES = (256, 16_384)
+"""top_p is tried on this many most likely tokens: the first nearly always suffice, and sorting V tokens is slow."""
 
 
 def keep_allowed(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -78,9 +78,10 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """Logits (V,) reduced to the smallest set of most likely tokens whose probabilities sum to at least `p`."""
     probabilities = logits.softmax(-1)
-    values, indices = probabilities.topk(min(_TOP_P_PROBE, logits.shape[0]))
-    if values.sum() < p:
-        values, indices = probabilities.sort(descending=True)
+    for size in (*_TOP_P_PROBES, logits.shape[0]):
+        values, indices = probabilities.topk(min(size, logits.shape[0]))
+        if values.sum() >= p:
+            break
     before = values.cumsum(-1) - values  # mass of the tokens ahead of each
     count = max(1, int((before < p).sum()))
     return _keep(logits, indices[:count])
@@ -191,7 +192,10 @@ class TokenSampler:
 
 
 def sample_rows(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[int | Exception]:
-    """One token per row of raw fp32 logits (n, V); an exception in place of the token where only that row failed."""
+    """One token per row of raw logits (n, V) of any floating dtype; an exception in its place where only that row failed.
+
+    Rows are computed in fp32. Greedy ones need no copy for that: their argmax is the same.
+    """
     best = logits.max(-1)  # one pass serves the finiteness check (max propagates NaN) and all greedy rows
     peaks, tokens = best.values.tolist(), best.indices.tolist()
     result: list[int | Exception] = []
@@ -199,7 +203,7 @@ def sample_rows(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[int | 
         try:
             if not math.isfinite(peak):
                 raise EngineError(f"the model gave {peak} logits; the mix is too strong, or the dtype overflows")
-            drawn = token if sampler.is_plain_greedy else sampler.sample(logits[row])
+            drawn = token if sampler.is_plain_greedy else sampler.sample(logits[row].float())
             sampler.record(drawn)
             result.append(drawn)
         except Exception as error:  # whatever fails here concerns this row alone

@@ -63,4 +63,5 @@ class DriftScore:
 def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
     """(T,) float32, nats: KL(softmax(logits) ‖ softmax(others)) of each row; both (T, V)."""
     ours, theirs = torch.log_softmax(logits.float(), dim=-1), torch.log_softmax(others.float(), dim=-1)
-    return (ours.exp() * (ours - theirs)).sum(dim=-1)
+    theirs = torch.sub(ours, theirs, out=theirs)
+    return theirs.mul_(ours.exp_()).sum(dim=-1)

@@ -15,10 +15,16 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from torch import nn
 
+from atoms.engine import GenerationRequest, SamplingParams
+from atoms.mix import Mix
 from atoms.package import Package
 from atoms.storage import sha256_file
+from clients.harness import open_harness
 from offline.evaluation.prompts import demo_data
+from server.embedded.load import EngineOptions, load_package
+from server.embedded.packing import can_pack
 
 Cli = Callable[..., tuple[int, str, str]]
 FEW = ("--dev-prompts", 2, "--heldout-prompts", 3, "--kl-prompts", 2, "--coefficients", "1", "--max-tokens", 6,
@@ -45,6 +51,25 @@ def test_evaluate_reports_every_goal_and_leaves_the_package_alone(cli: Cli, pack
     assert len(rows) == sum(len(g["conditions"]) for g in result["goals"]) >= 4
     assert all(row["n"] == "3" for row in rows)
     assert Package.read(package.path).manifest == before
+
+
+def test_the_harness_runs_what_a_server_runs(package: Package, tmp_path: Path) -> None:
+    """Packed weights where the CPU has them: the same answers, and an evaluation as fast as serving."""
+    options = EngineOptions(dtype="float32", device="cpu", slots=2)
+    served = load_package(package.path, options)
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    mixes = [Mix(), Mix.of({package.manifest.atoms[0].id: 2.0})]
+    prompt = served.engine.encode_chat([{"role": "user", "content": "Name a river."}])
+    expected = [
+        g.token_ids for g in served.engine.generate([GenerationRequest("", prompt, m, sampling) for m in mixes])
+    ]
+    packs = can_pack(served.engine._batcher._model)
+    served.engine.close()
+    with open_harness(package, tmp_path, 12, options) as harness:
+        answers = harness.answerer.answer(["Name a river."], mixes)
+        weights = [module.weight.numel() for module in harness._steered.model.modules() if type(module) is nn.Linear]
+    assert [row[0].token_ids for row in answers] == expected
+    assert packs and not all(weights), "the weights are as they were loaded"
 
 
 def test_evaluate_again_reads_its_answers(cli: Cli, package: Package, tmp_path: Path) -> None:

@@ -63,6 +63,18 @@ def test_kl_is_from_unsteered_to_steered_a_token(meter: DriftMeter, directions: 
     assert meter.kl(directions[0], 0.0) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_batches_of_few_logits_do_not_change_the_kl(
+    meter: DriftMeter, directions: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    five_labels = 4 * 5 * int(meter.steered.model.config.vocab_size)
+    assert len(meter.batches) == 1
+    monkeypatch.setattr(calibrate, "_LOGITS_BYTES", five_labels)  # the documents have 4, 3 and 2
+    monkeypatch.setattr(calibrate, "_KL_ROWS", 2)
+    split = DriftMeter(meter.steered, meter.base, meter.composition, meter.batches)
+    assert [len(batch.labels) for batch in split.batches] == [4, 5]
+    assert split.kl(directions[0], 2.0) == pytest.approx(meter.kl(directions[0], 2.0), rel=1e-5)
+
+
 def test_the_drift_matrix_is_the_mean_covariance_of_logit_changes(
     meter: DriftMeter, directions: list[dict[str, Tensor]]
 ) -> None:

@@ -51,6 +51,16 @@ def test_top_p_equals_transformers(logits: Tensor, p: float, scale: float) -> No
         torch.testing.assert_close(kept, expected)
 
 
+@pytest.mark.parametrize(("scale", "needed"), [(3.0, 200), (1.0, 2_000), (0.1, 30_000)])
+def test_top_p_keeps_as_many_of_a_large_vocabulary_as_it_needs(scale: float, needed: int) -> None:
+    """Each size is beyond one probe more; p is the mass of the `needed` most likely tokens, less half of the last."""
+    logits = torch.randn(60_000, generator=torch.Generator().manual_seed(0)) * scale
+    ordered = logits.softmax(-1).sort(descending=True)
+    p = float(ordered.values[:needed].sum() - ordered.values[needed - 1] / 2)
+    kept = sampling.keep_top_p(logits, p).isfinite().nonzero().flatten()
+    assert kept.tolist() == sorted(ordered.indices[:needed].tolist())
+
+
 def test_top_k_and_min_p_equal_transformers(logits: Tensor) -> None:
     torch.testing.assert_close(sampling.keep_top_k(logits, 7), TopKLogitsWarper(7)(None, logits[None])[0])
     torch.testing.assert_close(sampling.keep_min_p(logits, 0.1), MinPLogitsWarper(0.1)(None, logits[None])[0])
@@ -104,6 +114,17 @@ def test_a_bad_row_fails_alone(logits: Tensor) -> None:
     assert good == int(logits.argmax())
     assert isinstance(not_finite, EngineError) and "nan" in str(not_finite)
     assert isinstance(outside, EngineError) and str(VOCABULARY) in str(outside)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_half_precision_are_sampled_as_in_float32(logits: Tensor, dtype: torch.dtype) -> None:
+    """Ties too, of which rounding makes many: the first of the largest wins."""
+    batch = torch.stack([logits, logits * 0.01, torch.full_like(logits, 2.0)]).to(dtype)
+    for params in (SamplingParams(temperature=0), SamplingParams(temperature=0, logit_bias=((7, 1.0),)),
+                   SamplingParams(temperature=0.9, top_p=0.8, seed=4)):  # fmt: skip
+        halves, floats = ([TokenSampler(params, [0]) for _ in batch] for _ in range(2))
+        assert sample_rows(batch, halves) == sample_rows(batch.float(), floats)
+    assert sample_rows(batch[2:], [TokenSampler(SamplingParams(temperature=0), [0])]) == [0]
 
 
 def test_logprobs_are_the_log_softmax(logits: Tensor) -> None:

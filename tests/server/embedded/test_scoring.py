@@ -14,6 +14,7 @@ from atoms.engine import GenerationRequest, SamplingParams
 from atoms.errors import EngineError, EngineStoppedError
 from atoms.mix import Mix
 from atoms.model import find_linear
+from server.embedded import batcher
 from server.embedded.engine import EmbeddedEngine
 
 MakeEngine = Callable[..., EmbeddedEngine]
@@ -45,6 +46,18 @@ def test_chunks_add_up_to_the_exact_divergence(
     assert found == pytest.approx(oracle(tiny, delta, prompt, response), rel=1e-4) and found > 1e-4
 
 
+def test_a_large_vocabulary_is_scored_in_smaller_chunks(
+    tiny: PreTrainedModel, make_engine: MakeEngine, compose_for: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher, "_SCORED_LOGITS", 3 * tiny.config.vocab_size)
+    rows: list[int] = []
+    handle = tiny.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(inputs[0].shape[1]))
+    found = make_engine(tiny).drift(PROMPT, RESPONSE, MIX).result(60)
+    handle.remove()
+    assert max(rows) == 3 and sum(rows) >= 2 * len(RESPONSE)
+    assert found == pytest.approx(oracle(tiny, compose_for(tiny)(MIX), PROMPT, RESPONSE), rel=1e-4)
+
+
 def test_an_unsteered_mix_does_not_drift(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:
     assert make_engine(tiny).drift(PROMPT, RESPONSE, Mix()).result(60) == 0.0
 
@@ -52,14 +65,14 @@ def test_an_unsteered_mix_does_not_drift(tiny: PreTrainedModel, make_engine: Mak
 def test_requests_come_first(tiny: PreTrainedModel, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """More requests than slots, and scores asked for before them: what is scored takes neither a slot nor a turn."""
     engine = make_engine(tiny, slots=2, prefill_tokens_per_step=8)
-    batcher = engine._batcher
-    score, seen = batcher._score, []
+    inner = engine._batcher
+    score, seen = inner._score, []
 
     def noted() -> None:
-        seen.append((batcher.free, len(batcher._arrived), batcher._group))
+        seen.append((inner.free, len(inner._arrived), inner._group))
         score()
 
-    monkeypatch.setattr(batcher, "_score", noted)
+    monkeypatch.setattr(inner, "_score", noted)
     sampling = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     requests = [GenerationRequest(str(n), PROMPT, Mix.of({"b": float(n)}), sampling) for n in range(5)]
     scores = [engine.drift(PROMPT, RESPONSE, MIX) for _ in range(3)]
