@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from atoms.adapter import Adapter, AtomBank
 from atoms.engine import GenerationRequest, SamplingParams
 from atoms.mix import Mix
-from atoms.model import choose_device, choose_dtype
+from atoms.model import DTYPES, choose_device, choose_dtype
 from atoms.space import LoRAModule, LoRASpace
 from atoms.steered import PackedBank, SteeredModel
 from server.embedded.attention import group_heads
@@ -52,11 +52,12 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=CELLS, metavar="CELL", help=f"of {', '.join(CELLS)}, or any KxJ")
     for name, default in (("rows", 16), ("tokens", 32), ("rank", 8), ("rounds", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rates = measure(args)
     machine = f"{processor()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
-    print(f"{machine}; {args.rows} rows, {args.tokens} tokens, {args.rounds} pairs a cell")
+    print(f"{machine}; {args.dtype}, {args.rows} rows, {args.tokens} tokens, {args.rounds} pairs a cell")
     ratios = {}
     for cell, pairs in rates.items():
         low, middle, high = ratios[cell] = interval([rate / base for base, rate in pairs])
@@ -69,7 +70,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
     """Cell -> (unsteered, its own) tokens a second of every pair."""
     device = choose_device()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=choose_dtype(device)).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=choose_dtype(device, args.dtype)).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     bank = random_bank(model, args.rank)
     packed = PackedBank(bank, "linear", device, model.dtype)
