@@ -22,8 +22,10 @@ from torch import Tensor
 
 from atoms.space import Direction, LoRASpace
 
-_PART = 512
+_PART = 256
 """Rows that are solved together: their working sets, of like size, are padded to the largest."""
+_JOINING = 8
+"""Atoms that join a row's working set at a time: most of the others that correlate with it stand for the same."""
 _SYSTEMS = 20
 _ITERATIONS, _TOLERANCE = 500, 1e-6
 """A code changes by less than this in the last iteration."""
@@ -32,13 +34,13 @@ _PRODUCT_ROWS = 32
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """rows othersᵀ (n, m) of (n, D) and (m, D).
+    """rows othersᵀ (…, m) of (…, D) and (m, D).
 
     On CPUs torch gives float32 products to MKL, which on CPUs of other makers than its own keeps to AVX2; oneDNN, which torch
     brings as well, uses what the CPU has. The operator is the one that torch's compiler emits; it has no gradient.
     """
-    plain = rows.device.type == "cpu" and rows.dtype == others.dtype == torch.float32 and len(rows) >= _PRODUCT_ROWS
-    if plain and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    plain = rows.device.type == "cpu" and rows.dtype == others.dtype == torch.float32
+    if plain and rows.dim() == 2 and len(rows) >= _PRODUCT_ROWS and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
     return rows @ others.T
 
@@ -177,12 +179,13 @@ class RowWhitening:
 
     def scale(self, rows: Tensor, factors: Tensor) -> Tensor:
         """rows (…, D) with their leading components times `factors` (r,), the rest as it is."""
-        return rows + (rows @ self.components * (factors - 1)) @ self.components.T
+        leading = inner_products(rows, self.components.T)
+        return rows + inner_products(leading * (factors - 1), self.components)
 
     def scales(self, rows: Tensor) -> Tensor:
         """s (N,) with x̃ = s W (x − μ), 0 for a row equal to the mean. V is orthonormal: ‖W y‖² = ‖y‖² − Σ (1 − f²) (v·y)²."""
         centred = rows - self.mean
-        squared = centred.square().sum(1)
+        squared = torch.linalg.vecdot(centred, centred)
         if self.factors.numel():
             squared -= inner_products(centred, self.components.T).square() @ (1 - self.factors.square())
         return torch.where(squared > 0, squared.clamp_min(torch.finfo(rows.dtype).tiny).rsqrt(), 0)
@@ -229,7 +232,8 @@ class SparseCoder:
     """Codes rows in one dictionary (K, D), whose Gram matrix is worked out once for any number of blocks.
 
     Few atoms take part in a row, so each row is solved on a *working set*: the atoms that correlate with it by more than α.
-    Atoms whose correlation with what is left exceeds α join, until there are none; the codes are then optimal over all K.
+    Atoms whose correlation with what is left exceeds α join, the strongest few at a time, until there are none; the codes are
+    then optimal over all K.
     """
 
     def __init__(self, dictionary: Tensor) -> None:
@@ -259,11 +263,14 @@ class SparseCoder:
         codes, correlation = torch.zeros_like(target), target.clone()
         working = torch.zeros_like(target, dtype=torch.bool)
         while True:
-            joining = (correlation if nonnegative else correlation.abs()) > alpha + _TOLERANCE
-            joining &= ~working
-            pending = joining.any(1).nonzero().flatten()
+            strength = (correlation if nonnegative else correlation.abs()).masked_fill(working, 0)
+            joining = strength > alpha + _TOLERANCE
+            counts = joining.sum(1)
+            pending = counts.nonzero().flatten()
             if not len(pending):
                 return codes, correlation
+            crowded = (counts > _JOINING).nonzero().flatten()
+            joining[crowded] = _strongest(strength[crowded], min(_JOINING, len(self._gram)))
             working |= joining
             pending = pending[torch.argsort(working[pending].sum(1), stable=True)]  # parts of like size
             for part in pending.split(_PART):
@@ -273,6 +280,11 @@ class SparseCoder:
                 codes.view(-1)[(part[:, None] * len(self._gram) + columns)[used]] = solved[used]
                 fit = torch.nn.functional.embedding_bag(columns, self._gram, per_sample_weights=solved, mode="sum")
                 correlation[part] = target[part] - fit
+
+
+def _strongest(strength: Tensor, count: int) -> Tensor:
+    """Which entries of each row are among its `count` largest, (n, K) bool."""
+    return torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(count, dim=1).indices, True)
 
 
 def _columns(working: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,21 +337,23 @@ def _lasso(gram: Tensor, target: Tensor, used: Tensor, alpha: float, nonnegative
     system, and its optimality conditions give the next σ; nearly always three or four of them end it, exactly. Rows where
     they do not, as with atoms that are equal, are left to `_fista`.
     """
-    codes, signs = torch.zeros_like(target), _signs(target, used, alpha, nonnegative)
-    pending = torch.arange(len(target))
+    codes, rows = torch.zeros_like(target), torch.arange(len(target))
+    signs = _signs(target, used, alpha, nonnegative)
     for _ in range(_SYSTEMS):
-        sign, t, g = signs[pending], target[pending], gram[pending]
-        active = sign.abs()
-        system = g * active[:, :, None] * active[:, None, :] + torch.diag_embed(1 - active)
-        solved = torch.linalg.solve_ex(system, active * t - alpha * sign)[0]
-        left = t - torch.bmm(g, solved[:, :, None])[:, :, 0]
-        codes[pending], signs[pending] = solved, _signs(solved + left, used[pending], alpha, nonnegative)
-        settled = (signs[pending] == sign) & ((left - alpha * sign).abs() * active < _TOLERANCE)
-        pending = pending[~settled.all(1)]
+        active = signs.abs()
+        system = gram * active[:, :, None] * active[:, None, :] + torch.diag_embed(1 - active)
+        solved = torch.linalg.solve_ex(system, active * target - alpha * signs)[0]
+        left = target - torch.bmm(gram, solved[:, :, None])[:, :, 0]
+        following = _signs(solved + left, used, alpha, nonnegative)
+        wrong = (following != signs) | ~(
+            (left - alpha * signs).abs() * active < _TOLERANCE
+        )  # as well where not a number
+        codes[rows] = solved
+        pending = wrong.sum(1).nonzero().flatten()
         if not len(pending):
             return codes
-    g = gram[pending] * (used[pending, :, None] & used[pending, None, :])
-    codes[pending] = _fista(g, target[pending] * used[pending], alpha, nonnegative)
+        rows, gram, target, used, signs = (part[pending] for part in (rows, gram, target, used, following))
+    codes[rows] = _fista(gram * (used[:, :, None] & used[:, None, :]), target * used, alpha, nonnegative)
     return codes
 
 

@@ -1,7 +1,8 @@
 """Sparse dictionary learning on whitened rows: min ½‖X − A D‖² + α‖A‖₁ over codes A (≥ 0) and unit atoms D.
 
-Alternates codes (`atoms.projection.SparseCoder`) with exact block updates of one atom after the other. Only AᵀA
-(K, K) and AᵀX (K, D) are kept between the two, and both add up over shards and ranks, so memory does not grow with N.
+Alternates codes (`atoms.projection.SparseCoder`) with exact block updates of one atom after the other, and moves on in the
+direction of the last two (Nesterov's momentum). Only AᵀA (K, K) and AᵀX (K, D) are kept between the two, and both add up over
+shards and ranks, so memory does not grow with N.
 
 Whitened rows x̃ = s W (x − μ) are never formed: all but the scales s (N,), which are worked out once, is linear, so it is done
 to K atoms a pass in place of N rows (`RowWhitening.fold`, `unfold`).
@@ -22,7 +23,11 @@ from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore
 
-_TOLERANCE = 1e-4
+_TOLERANCE, _LEAST = 3e-4, 5
+"""Settled: the objective fell by less than this share of itself, after more than so many passes."""
+_MEAN_OF = 8
+"""Random rows whose mean an atom starts from: single rows bring along noise of their own that many passes do not undo."""
+_MOMENTUM = 0.8
 _BLOCK = 32
 """Atoms that are updated between two products with all atoms: so many rows of D numbers stay in a core's cache."""
 _REVIVE_UNTIL = 0.6
@@ -84,6 +89,11 @@ class _Statistics:
     worst: Tensor
 
     @property
+    def dead(self) -> Tensor:
+        """Atoms that no row uses, (K,) bool."""
+        return self.gram.diagonal() <= 0
+
+    @property
     def objective(self) -> float:
         """Mean over rows."""
         return float(self.sums[0] / self.sums[2])
@@ -110,30 +120,35 @@ def learn_dictionary(
 ) -> Dictionary:
     """Learns from the rows of `documents`; deterministic for a seed. Stops early when the objective settles.
 
+    A pass codes the rows with the atoms `ahead` of the last updated ones: those and momentum times their last change. The
+    momentum grows from 0 (Nesterov 1983), and starts again when the objective rose (O'Donoghue & Candès 2015).
+
     Ranks add up their statistics and then make the same update each. scikit-learn has none to add: every rank fits it all.
     """
     if config.learner == "scikit-learn":
         return learn_with_scikit(store, documents, config, seed, progress, name)
-    count = min(config.atoms or default_atoms(len(documents)), len(documents))
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randperm(len(documents), generator=generator)[:count]
-    atoms = _unit(store.rows([documents[int(i)] for i in picks]))
     scales = store.scales(documents, ranks)
+    atoms = ahead = _start(store, documents, scales, config, seed, ranks)
     objectives: list[float] = []
+    steps = 0  # since the momentum was last dropped
     with progress.task(name, config.iterations, "iterations") as bar:
         for iteration in range(config.iterations):
-            statistics = _accumulate(store, documents, scales, atoms, config, ranks)
+            statistics = _accumulate(store, documents, scales, ahead, config, ranks)
             objectives.append(statistics.objective)
-            settled = len(objectives) > 5 and objectives[-2] - objectives[-1] < _TOLERANCE * objectives[-1]
-            reviving = iteration < _REVIVE_UNTIL * config.iterations
             bar.advance(1, f"objective {objectives[-1]:.4f}")
-            if iteration == config.iterations - 1 or (settled and not reviving):
+            fall = objectives[-2] - objectives[-1] if iteration else torch.inf
+            reviving = iteration < _REVIVE_UNTIL * config.iterations and statistics.dead.any()
+            settled = iteration > _LEAST and 0 <= fall < _TOLERANCE * objectives[-1] and not reviving
+            if settled or iteration == config.iterations - 1:
                 bar.advance(config.iterations - 1 - iteration)
                 break
-            atoms = update_atoms(atoms, statistics.gram, statistics.cross)
+            steps = steps + 1 if fall > 0 else 1
+            updated = update_atoms(ahead, statistics.gram, statistics.cross)
+            momentum = min(_MOMENTUM, (steps - 1) / (steps + 2))
+            atoms, ahead = updated, _unit(updated + momentum * (updated - atoms))
             if reviving:
-                atoms = _revive(atoms, statistics, store)
-    return Dictionary(atoms, tuple(objectives), statistics.gap)
+                atoms, ahead = (_revive(found, statistics, store) for found in (atoms, ahead))
+    return Dictionary(ahead, tuple(objectives), statistics.gap)
 
 
 def learn_with_scikit(
@@ -179,7 +194,7 @@ def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     atoms = atoms.clone()
     for start in range(0, len(atoms), _BLOCK):
         block = slice(start, start + _BLOCK)
-        residual = cross[block] - gram[block] @ atoms
+        residual = cross[block] - inner_products(gram[block], atoms.T)
         for j, own in enumerate(gram.diagonal()[block].tolist()):
             if own <= 0:
                 continue
@@ -190,6 +205,25 @@ def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
                 residual[j + 1 :].addr_(gram[block, start + j][j + 1 :], change, alpha=-1)
                 atoms[start + j] += change
     return atoms
+
+
+def _start(
+    store: RowStore, documents: Sequence[int], scales: Tensor, config: DictionaryConfig, seed: int, ranks: Ranks
+) -> Tensor:
+    """Atoms to start from (K, D): unit means of a few random rows each, no row in two of them."""
+    count = min(config.atoms or default_atoms(len(documents)), len(documents))
+    each = min(_MEAN_OF, len(documents) // count)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    picks = torch.as_tensor(documents)[order[: count * each]]
+    atom = torch.zeros(len(store), dtype=torch.int64)
+    atom[picks] = torch.arange(count).repeat(each)
+    sums, weights = torch.zeros(count, store.width), torch.zeros(count)
+    for numbers, rows in store.batches(picks.tolist(), ranks):
+        members = torch.zeros(len(rows), count).scatter_(1, atom[numbers, None], scales[numbers, None])
+        sums += _weighted_sums(members, rows)
+        weights += members.sum(0)
+    ranks.add(sums, weights)
+    return _unit(store.whitening.unfold(sums, weights))
 
 
 def _coded(
@@ -239,9 +273,7 @@ def _largest(candidates: Tensor, count: int) -> Tensor:
 
 def _revive(atoms: Tensor, statistics: _Statistics, store: RowStore) -> Tensor:
     """Puts the worst-explained rows in the place of atoms that no row uses."""
-    dead = (statistics.gram.diagonal() <= 0).nonzero().flatten().tolist()
-    if not dead:
-        return atoms
+    dead = statistics.dead.nonzero().flatten().tolist()
     replacements = [document for document in statistics.worst[: len(dead), 1].long().tolist() if document >= 0]
     atoms = atoms.clone()
     atoms[dead[: len(replacements)]] = _unit(store.rows(replacements))

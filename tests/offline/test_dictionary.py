@@ -132,6 +132,29 @@ def test_a_pass_equals_the_plain_computation_on_whitened_rows(
     assert found.worst[:, 1].tolist() == [documents[int(i)] for i in losses.argsort(descending=True)[:9]]
 
 
+def test_atoms_start_from_means_of_a_few_rows_each(store: RowStore) -> None:
+    config, documents = DictionaryConfig(atoms=9), list(range(7, 119))
+    start = dictionary_module._start(store, documents, store.scales(documents), config, 3, ALONE)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(3))[: 9 * 8].view(8, 9)
+    rows = store.rows([documents[int(i)] for i in order.flatten()]).view(8, 9, -1)
+    assert torch.allclose(start, torch.nn.functional.normalize(rows.mean(0), dim=1), atol=1e-5)
+    few = dictionary_module._start(store, documents[:12], store.scales(documents), config, 3, ALONE)
+    single = store.rows(documents[:12]) @ few.T
+    assert torch.allclose(single.max(0).values, torch.ones(9), atol=1e-5), "more atoms than means: rows themselves"
+    assert len(set(single.argmax(0).tolist())) == 9
+
+
+def test_settled_atoms_are_those_that_an_update_would_hardly_change(store: RowStore) -> None:
+    """Momentum changes how atoms get there, not where: what an update alone gains there is below what counts as settled."""
+    learned, everyone = learn(store), range(len(store))
+    scales = store.scales(everyone)
+    settled = dictionary_module._accumulate(store, everyone, scales, learned.atoms, DictionaryConfig(), ALONE)
+    updated = update_atoms(learned.atoms, settled.gram, settled.cross)
+    after = dictionary_module._accumulate(store, everyone, scales, updated, DictionaryConfig(), ALONE)
+    assert len(learned.objectives) < 40 and learned.objectives[-1] == pytest.approx(settled.objective, rel=1e-6)
+    assert 0 <= settled.objective - after.objective < 1e-3 * settled.objective
+
+
 def test_batches_hold_each_document_asked_for_once(store: RowStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "BATCH_DOCUMENTS", 7)
     wanted = [0, 5, *range(40, 70), 119]
