@@ -62,6 +62,7 @@ class Bench:
         self.args = args
         self._stack = stack
         self._urls: dict[tuple[str, int], str] = {}
+        self._adapters: dict[str, list[str]] = {}  # of vLLM's own, by cell
         self.package = widened(Package.read(args.package), args.bank, args.out / f"package-{args.bank}")
         self._ids = [card.id for card in self.package.manifest.atoms]
         self._draw = random.Random(time.time_ns())
@@ -112,23 +113,31 @@ class Bench:
         return (figures[1], figures[0]) if first else (figures[0], figures[1])
 
     def stock_rate(self, url: str, cell: str, prompts: list[str], tokens: int, drawn: list[dict[str, float]]) -> float:
-        """Tokens a second of vLLM's own adapters, one on disk for each mix; in cell `disk` with making and loading them."""
+        """Tokens a second of vLLM's own adapters, one on disk for each mix; in cell `disk` with making and loading them, else
+        with those of the first round, which a short round before the measured one puts into their slots."""
         start = time.perf_counter()
-        names = [f"m{self._draw.randrange(10**12)}" for _ in drawn]
-        for name, mix in zip(names, drawn, strict=True):
-            path = self.args.out / "adapters" / name
-            self.package.export(self.package.mix(mix), path, onto="merged")
-            load = {"lora_name": name, "lora_path": str(path.resolve())}
-            httpx.post(f"{url}/v1/load_lora_adapter", json=load, timeout=120).raise_for_status()
+        names = self._adapters.get(cell) or self._load(url, drawn)
         bodies = [body(prompt, tokens, names[place % len(names)]) for place, prompt in enumerate(prompts)]
-        if cell != "disk":  # adapters that were used before: one round warms them, with prompts of another length
+        if cell != "disk":
+            self._adapters[cell] = names
             rate(url, [one | {"prompt": "x", "max_tokens": 1} for one in bodies])
             start = time.perf_counter()
         rate(url, bodies)
         seconds = time.perf_counter() - start
-        for name in names:
-            httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=120).raise_for_status()
+        if cell == "disk":
+            for name in names:
+                httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=120).raise_for_status()
         return sum(one["max_tokens"] for one in bodies) / seconds
+
+    def _load(self, url: str, mixes: list[dict[str, float]]) -> list[str]:
+        """Writes an adapter for each mix and has the server load it; their names."""
+        names = [f"m{self._draw.randrange(10**12)}" for _ in mixes]
+        for name, mix in zip(names, mixes, strict=True):
+            path = self.args.out / "adapters" / name
+            self.package.export(self.package.mix(mix), path, onto="merged")
+            load = {"lora_name": name, "lora_path": str(path.resolve())}
+            httpx.post(f"{url}/v1/load_lora_adapter", json=load, timeout=120).raise_for_status()
+        return names
 
     def first_tokens(self) -> tuple[float, float, float]:
         """Seconds to the first token of an unsteered request, of a warm mix and of a new one, in random order."""
