@@ -31,7 +31,8 @@ ITERATIONS, USED = 40, 3
 
 
 def iteration_operations(rows: int, count: int, dim: int, small: float) -> dict[str, float]:
-    """Floating-point operations of one alternation of offline/dictionary.py; `small`: those of FISTA on a row's working set.
+    """Floating-point operations of one alternation of offline/dictionary.py; `small`: those of the linear systems of a row's
+    working set.
 
     One product of rows and atoms; codes are sparse, so the Gram matrix, AᵀA and AᵀX cost USED atoms a row; the Gram matrix
     itself, and the products of a sweep of atoms.
@@ -57,7 +58,7 @@ def main() -> None:
     points = [measure(*point) for point in POINTS]
     rate = statistics.median(point["operations"] / point["seconds"] for point in points)
     print(f"two alternations each, at {rate / 1e9:.1f} GFLOP/s")
-    print(f"{'rows':>6}{'atoms':>7}{'dim':>6}{'FISTA/row':>11}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
+    print(f"{'rows':>6}{'atoms':>7}{'dim':>6}{'codes/row':>11}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
     for point in points:
         point["ratio"] = point["seconds"] * rate / point["operations"]
         print(f"{point['rows']:>6}{point['atoms']:>7}{point['dim']:>6}{point['small']:>11.2g}{point['seconds']:>12.2f}"
@@ -74,20 +75,21 @@ def main() -> None:
 def measure(rows: int, count: int, dim: int) -> dict[str, float]:
     """One point: seconds and modelled operations of two alternations here."""
     small = 0
-    shrink = atoms.projection._shrink
+    signs = atoms.projection._signs  # once a system, and once before
 
     def counted(values, *arguments):
         nonlocal small
-        small += 2 * values.shape[0] * values.shape[1] ** 2
-        return shrink(values, *arguments)
+        n, s = values.shape
+        small += n * (2 * s**3 // 3 + 4 * s**2)
+        return signs(values, *arguments)
 
     with tempfile.TemporaryDirectory() as folder:
         store = made_up_rows(Path(folder), rows, dim, count)
-        atoms.projection._shrink = counted
+        atoms.projection._signs = counted
         started = time.process_time()  # of all threads, so that neighbours on the machine count less
         learn_dictionary(store, range(rows), DictionaryConfig(atoms=count, iterations=2), 0, Progress(quiet=True))
         seconds = time.process_time() - started
-        atoms.projection._shrink = shrink
+        atoms.projection._signs = signs
     a_row = small / (2 * rows)
     operations = 2 * sum(iteration_operations(rows, count, dim, a_row).values())
     return {"rows": rows, "atoms": count, "dim": dim, "small": a_row, "seconds": seconds, "operations": operations}
