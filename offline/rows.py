@@ -176,7 +176,7 @@ class RowStore:
             torch.empty(BATCH_DOCUMENTS, dtype=torch.int64),
         )
         for path in ranks.share(self.shards):
-            document, row = _load(path, "document"), _load(path, "row")
+            document, row = self._mapped(path)
             keep = torch.isin(document, wanted).nonzero().flatten()
             while len(keep):
                 part, keep = keep[: BATCH_DOCUMENTS - filled], keep[BATCH_DOCUMENTS - filled :]
@@ -189,6 +189,17 @@ class RowStore:
                     filled = 0
         if filled:
             yield numbers[:filled], buffer[:filled]
+
+    def _mapped(self, path: Path) -> tuple[Tensor, Tensor]:
+        """(document numbers (n,), x (n, D)) of a shard, mapped once for all passes. Its pages are those of the file, which the
+        system takes back when it needs memory."""
+        if path not in self._maps:
+            self._maps[path] = _load(path, "document").clone(), _load(path, "row")
+        return self._maps[path]
+
+    @cached_property
+    def _maps(self) -> dict[Path, tuple[Tensor, Tensor]]:
+        return {}
 
     def blocks(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         """(document numbers (n,), x̃ (n, D)) of those `documents` that are in this rank's share of the shards, in parts."""
