@@ -40,7 +40,8 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     brings as well, uses what the CPU has. The operator is the one that torch's compiler emits; it has no gradient.
     """
     plain = rows.device.type == "cpu" and rows.dtype == others.dtype == torch.float32
-    if plain and rows.dim() == 2 and len(rows) >= _PRODUCT_ROWS and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    sizeable = rows.dim() == 2 and len(rows) >= _PRODUCT_ROWS and others.numel() > 0  # oneDNN takes no empty matrix
+    if plain and sizeable and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(rows, others, None, "none", [], "")
     return rows @ others.T
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import atoms.projection
 from offline.config import DictionaryConfig
 from offline.dictionary import learn_dictionary
-from offline.plan import made_up_rows
+from offline.plan import DICTIONARY_PASSES, made_up_rows
 from offline.progress import Progress
 
 POINTS = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
 """(rows, atoms, components)."""
-ITERATIONS, USED = 40, 3
-"""Alternations, and atoms in a row's code (2-3 at α = 0.1)."""
+USED = 3
+"""Atoms in a row's code (2-3 at α = 0.1)."""
 
 
 def iteration_operations(rows: int, count: int, dim: int, small: float) -> dict[str, float]:
@@ -100,12 +100,12 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
     documents, count, dim = options.documents, options.atoms, options.components
     tokens = documents * options.tokens
     operations = iteration_operations(documents, count, dim, small)
-    hours = {name: ITERATIONS * value / options.flops / 3600 for name, value in operations.items()}
+    hours = {name: DICTIONARY_PASSES * value / options.flops / 3600 for name, value in operations.items()}
     return {
         "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),
         "gradients": _hours(tokens / options.pass_rate / 3600),
         "rows on disk": f"{documents * (4 * dim + 16) / 2**30:,.0f} GiB, and sketches",
-        **{f"dictionary, {ITERATIONS} alternations: {name}": _hours(value) for name, value in hours.items()},
+        **{f"dictionary, {DICTIONARY_PASSES} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
         "atoms, AᵀX and their copies in memory": f"{16 * count * dim / 2**30:,.1f} GiB",
         "codes of all documents (selection) in memory": f"{documents * (12 * USED + 8) / 2**30:,.2f} GiB",

@@ -25,8 +25,9 @@ from offline.rows import RowStore
 
 _TOLERANCE, _LEAST = 3e-4, 5
 """Settled: the objective fell by less than this share of itself, after more than so many passes."""
-_MEAN_OF = 8
-"""Random rows whose mean an atom starts from: single rows bring along noise of their own that many passes do not undo."""
+_MEAN_OF, _DOCUMENTS_A_ROW = 8, 500
+"""Random rows whose mean an atom starts from: single rows bring along noise of their own that many passes do not undo. But of
+few documents' few atoms, means left whole behaviours out (544 documents, 34 atoms; LOG.md): one row for every 500."""
 _MOMENTUM = 0.8
 _BLOCK = 32
 """Atoms that are updated between two products with all atoms: so many rows of D numbers stay in a core's cache."""
@@ -210,9 +211,9 @@ def update_atoms(atoms: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
 def _start(
     store: RowStore, documents: Sequence[int], scales: Tensor, config: DictionaryConfig, seed: int, ranks: Ranks
 ) -> Tensor:
-    """Atoms to start from (K, D): unit means of a few random rows each, no row in two of them."""
+    """Atoms to start from (K, D): unit means of up to `_MEAN_OF` random rows each, no row in two of them."""
     count = min(config.atoms or default_atoms(len(documents)), len(documents))
-    each = min(_MEAN_OF, len(documents) // count)
+    each = max(1, min(_MEAN_OF, len(documents) // _DOCUMENTS_A_ROW, len(documents) // count))
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     picks = torch.as_tensor(documents)[order[: count * each]]
     atom = torch.zeros(len(store), dtype=torch.int64)

@@ -94,7 +94,7 @@ class Progress:
             yield task
             self.say(f"  {name}: {task.done}/{total} {unit} in {time.monotonic() - started:.1f} s"
                      + (f", {task.note}" if task.note else ""))  # fmt: skip
-        self.costs[name] = StageCost(round(time.monotonic() - started, 2), _peak_mib())
+        self.costs[name] = StageCost(round(time.monotonic() - started, 4), _peak_mib())
 
     def _rich_task(self, name: str, total: int, unit: str, done: int) -> Iterator[Task]:
         from rich.console import Console

@@ -8,7 +8,16 @@ import torch
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
-from atoms.projection import MatrixBasis, Projection, RowWhitening, SparseCoder, duality_gap, objective, sparse_codes
+from atoms.projection import (
+    MatrixBasis,
+    Projection,
+    RowWhitening,
+    SparseCoder,
+    duality_gap,
+    inner_products,
+    objective,
+    sparse_codes,
+)  # fmt: skip
 from atoms.space import LoRAModule, LoRASpace
 
 SPACE = LoRASpace.of([LoRAModule("m.q_proj", 6, 5, 2, 2.0), LoRAModule("m.v_proj", 6, 4, 2, 2.0)])
@@ -140,6 +149,16 @@ def test_whitening_atoms_in_place_of_rows_is_the_same(components: int) -> None:
     assert torch.allclose(
         whitening.unfold(scaled.T @ rows, scaled.sum(0)).double(), codes.double().T @ whitened, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 5), (33, 8, 5), (40, 8, 1), (40, 0, 5), (40, 8, 0), (0, 8, 5)])
+def test_inner_products_of_any_shape(shape: tuple[int, int, int]) -> None:
+    n, dim, m = shape
+    generator = torch.Generator().manual_seed(6)
+    rows, others = torch.randn(n, dim, generator=generator), torch.randn(dim, m, generator=generator).T
+    expected = (rows.double() @ others.double().T).float()
+    torch.testing.assert_close(inner_products(rows, others), expected)
+    assert torch.equal(RowWhitening.centring(torch.zeros(dim)).fold(rows)[0], rows)
 
 
 def test_row_whitening_reads_back_and_old_packages_have_only_a_mean() -> None:

@@ -132,7 +132,8 @@ def test_a_pass_equals_the_plain_computation_on_whitened_rows(
     assert found.worst[:, 1].tolist() == [documents[int(i)] for i in losses.argsort(descending=True)[:9]]
 
 
-def test_atoms_start_from_means_of_a_few_rows_each(store: RowStore) -> None:
+def test_atoms_start_from_means_of_a_few_rows_each(store: RowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dictionary_module, "_DOCUMENTS_A_ROW", 14)  # 112 documents: eight rows
     config, documents = DictionaryConfig(atoms=9), list(range(7, 119))
     start = dictionary_module._start(store, documents, store.scales(documents), config, 3, ALONE)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(3))[: 9 * 8].view(8, 9)
@@ -140,7 +141,7 @@ def test_atoms_start_from_means_of_a_few_rows_each(store: RowStore) -> None:
     assert torch.allclose(start, torch.nn.functional.normalize(rows.mean(0), dim=1), atol=1e-5)
     few = dictionary_module._start(store, documents[:12], store.scales(documents), config, 3, ALONE)
     single = store.rows(documents[:12]) @ few.T
-    assert torch.allclose(single.max(0).values, torch.ones(9), atol=1e-5), "more atoms than means: rows themselves"
+    assert torch.allclose(single.max(0).values, torch.ones(9), atol=1e-5), "few documents: rows themselves"
     assert len(set(single.argmax(0).tolist())) == 9
 
 
