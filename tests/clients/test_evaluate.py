@@ -103,7 +103,8 @@ def test_sweep_writes_tables_and_figures(cli: Cli, package: Package, tmp_path: P
     texts.write_text("Why is the sea salty?\n\nName a river.\n")
     status, out, _ = cli("sweep", package.path, "--atoms", f"{a},{b}", "--coefficients=-1,1", "--combine", "--mix", f"{a}=0.5",
                          "--texts", texts, "--detectors", "yes-no", "--max-tokens", 6, "--out", tmp_path / "out")  # fmt: skip
-    assert status == 0 and f"{a}=-1,{b}=1" in out.replace("\n", "")
+    mix = ",".join(sorted((f"{a}=-1", f"{b}=1")))  # a mix names its atoms in the order of their ids
+    assert status == 0 and mix in out.replace("\n", "")
     rows = read_csv(tmp_path / "out" / "sweep.csv")
     assert rows[0]["mix"] == "unsteered" and len(rows) == 1 + 4 + 1
     assert all(row["n"] == "2" and float(row["perplexity"]) > 1 for row in rows)
