@@ -27,6 +27,7 @@ _PART = 256
 _JOINING = 8
 """Atoms that join a row's working set at a time: most of the others that correlate with it stand for the same."""
 _SYSTEMS = 20
+"""Linear systems that may be solved for a row's signs before FISTA takes it over."""
 _ITERATIONS, _TOLERANCE = 500, 1e-6
 """A code changes by less than this in the last iteration."""
 _PRODUCT_ROWS = 32
@@ -346,11 +347,9 @@ def _lasso(gram: Tensor, target: Tensor, used: Tensor, alpha: float, nonnegative
         solved = torch.linalg.solve_ex(system, active * target - alpha * signs)[0]
         left = target - torch.bmm(gram, solved[:, :, None])[:, :, 0]
         following = _signs(solved + left, used, alpha, nonnegative)
-        wrong = (following != signs) | ~(
-            (left - alpha * signs).abs() * active < _TOLERANCE
-        )  # as well where not a number
+        solves = (left - alpha * signs).abs() * active < _TOLERANCE  # False as well where it is no number
         codes[rows] = solved
-        pending = wrong.sum(1).nonzero().flatten()
+        pending = ((following != signs) | ~solves).any(1).nonzero().flatten()
         if not len(pending):
             return codes
         rows, gram, target, used, signs = (part[pending] for part in (rows, gram, target, used, following))

@@ -32,6 +32,7 @@ from offline.progress import Progress
 from offline.rows import Sketcher
 
 SEED = 0
+MODULES, RANK, EPOCHS = "q_proj,v_proj", 8, 0.5
 BLOCK = 250
 """Documents a shard."""
 
@@ -40,9 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", type=Path, help="θ0; default: fine-tune one")
-    parser.add_argument("--target-modules", default="q_proj,v_proj", help="of that fine-tune")
-    parser.add_argument("--rank", type=int, default=8, help="of that fine-tune")
-    parser.add_argument("--epochs", type=float, default=0.5, help="of that fine-tune")
+    parser.add_argument("--target-modules", default=MODULES, help="of that fine-tune")
+    parser.add_argument("--rank", type=int, default=RANK, help="of that fine-tune")
+    parser.add_argument("--epochs", type=float, default=EPOCHS, help="of that fine-tune")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--limit", type=int)
@@ -52,6 +53,10 @@ def main() -> None:
     parser.add_argument("--eigenvalue-documents", type=int, default=192)
     parser.add_argument("--dtype", default="auto", help="of the model; gradients are summed in float32")
     options = parser.parse_args()
+    if options.adapter and (options.target_modules, options.rank, options.epochs) != (MODULES, RANK, EPOCHS):
+        parser.error(
+            "--target-modules, --rank and --epochs are of the fine-tune that --adapter takes the place of; leave it out"
+        )
     progress = Progress()
     device = torch.device("cpu")
     base, tokenizer = load_model(options.model, choose_dtype(device, options.dtype), device, None)

@@ -170,11 +170,9 @@ class RowStore:
         """(document numbers (n,), x (n, D) as stored) of those `documents` that are in this rank's share of the shards, at most
         `BATCH_DOCUMENTS` at a time. The rows lie in one buffer, which the next batch overwrites."""
         wanted = torch.tensor(sorted(documents))
-        buffer, filled, numbers = (
-            torch.empty(BATCH_DOCUMENTS, self.width),
-            0,
-            torch.empty(BATCH_DOCUMENTS, dtype=torch.int64),
-        )
+        buffer = torch.empty(BATCH_DOCUMENTS, self.width)
+        numbers = torch.empty(BATCH_DOCUMENTS, dtype=torch.int64)
+        filled = 0
         for path in ranks.share(self.shards):
             document, row = self._mapped(path)
             keep = torch.isin(document, wanted).nonzero().flatten()

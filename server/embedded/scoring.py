@@ -63,5 +63,5 @@ class DriftScore:
 def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
     """(T,) float32, nats: KL(softmax(logits) ‖ softmax(others)) of each row; both (T, V)."""
     ours, theirs = torch.log_softmax(logits.float(), dim=-1), torch.log_softmax(others.float(), dim=-1)
-    theirs = torch.sub(ours, theirs, out=theirs)
+    theirs = torch.sub(ours, theirs, out=theirs)  # in place: V numbers a row are many
     return theirs.mul_(ours.exp_()).sum(dim=-1)
