@@ -31,11 +31,25 @@ class BaseModelRef(_Frozen):
     weights: str
 
 
+class SteeringPath(_Frozen):
+    """How directions were made of documents: gradient steps from θ0 on the first `tokens` tokens of the responses."""
+
+    steps: int
+    documents: int
+    tokens: int
+    reference_documents: int
+
+
 class Conventions(_Frozen):
     """How the numbers in the package were made."""
 
     loss: str = "mean cross-entropy over response tokens"
     unprojection_exponent: float
+    path: SteeringPath | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,  # as in older packages, whose hashes must hold
+        description="how atoms' directions were made of their documents; null: dictionary atoms, unprojected",
+    )
     composition: Composition
     unit_nats: float = UNIT_NATS
     drift: str = "KL(unsteered || steered), nats a token, on the unsteered model's own continuations"

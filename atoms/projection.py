@@ -86,13 +86,17 @@ class MatrixBasis:
         """(Λ+ε)^exponent on the kept components, (k,)."""
         return (self.eigenvalues + self.epsilon) ** exponent
 
-    def project(self, gradient: Tensor) -> Tensor:
-        """Whitened components (…, k) of gradients (…, o, i).
+    def rotate(self, gradient: Tensor) -> Tensor:
+        """Components Qᵀ g (…, k) of gradients (…, o, i).
 
         For rank-r LoRA the gradient of a document is r·d numbers, fewer than its rotated tokens, so G comes first.
         """
         rotated = self.q_out.T @ gradient @ self.q_in  # (…, m_o, m_i)
-        return rotated[..., self.out_index, self.in_index] * self.power(-0.5)
+        return rotated[..., self.out_index, self.in_index]
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """Whitened components (…, k) of gradients (…, o, i)."""
+        return self.rotate(gradient) * self.power(-0.5)
 
     def unproject(self, row: Tensor, exponent: float) -> Tensor:
         """−Q (Λ+ε)^p d for this matrix, (o, i)."""
@@ -127,6 +131,12 @@ class Projection:
         return torch.cat(
             [self.bases[tensor.key].project(gradient[tensor.key].float()) for tensor in self.space.tensors]
         )
+
+    def row_of(self, direction: Direction, exponent: float) -> Tensor:
+        """−(Λ+ε)^{−p} Qᵀ v (D,): the row that is unprojected to `direction`, or to its part on the kept components."""
+        self.space.check(direction, "direction")
+        bases = [(self.bases[tensor.key], direction[tensor.key].float()) for tensor in self.space.tensors]
+        return torch.cat([-basis.rotate(value) * basis.power(-exponent) for basis, value in bases])
 
     def unproject(self, row: Tensor, exponent: float) -> dict[str, Tensor]:
         """v = −Q (Λ+ε)^p d of one row (D,), per tensor."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from torch import Tensor
 
 from atoms.errors import ConfigError, DataError
 from atoms.package import PROJECTION, Package
+from atoms.space import Direction
 from atoms.storage import canonical_hash, sha256_file, write_bytes, write_json, write_tensors
 from clients.harness import TABLE_WIDTH, open_harness
 from offline.evaluation import figures
@@ -31,7 +31,7 @@ from offline.evaluation.results import (
     table_rows,
     to_csv,
 )
-from offline.evaluation.supervised import supervised_rows
+from offline.evaluation.supervised import supervised_directions
 from offline.progress import Progress
 from offline.report import write_report
 from server.embedded.load import EngineOptions, load_base
@@ -57,9 +57,9 @@ def run_evaluate(
     package, progress = Package.read(path), Progress(quiet=quiet)
     prompts = prompts or demo_data("evaluation_prompts")
     work = out or path.with_name(path.name + ".evaluation")
-    rows = _supervised_rows(package, config, prompts, labelled, work, options, progress) if labelled else {}
+    supervised = _supervised(package, config, prompts, labelled, work, options, progress) if labelled else {}
     with open_harness(package, work, max_tokens, options) as harness:
-        evaluation = evaluate(harness, prompts, config, work, progress, rows)
+        evaluation = evaluate(harness, prompts, config, work, progress, supervised)
     write_json(work / "evaluation.json", evaluation.as_json())
     write_bytes(work / "evaluation.csv", to_csv(table_rows(evaluation)).encode())
     if plots:
@@ -123,28 +123,31 @@ def _difference(comparison: Comparison | None) -> str:
     return f"{100 * comparison.difference:+.0f} [{100 * comparison.low:+.0f}, {100 * comparison.high:+.0f}]"
 
 
-def _supervised_rows(
+def _supervised(
     package: Package, config: EvaluateConfig, prompts: Path, labelled: Labelled, work: Path, options: EngineOptions,
     progress: Progress,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Rows of every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped again."""
+) -> dict[str, Direction]:  # fmt: skip
+    """Directions of every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped
+    again."""
     behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(read_prompts(prompts), config))
     labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
     if not labelled.data.is_file():
         raise DataError(f"{labelled.data} does not exist or is no file; give the labelled documents with --data")
     manifest = package.manifest
     recipe = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION], sha256_file(labelled.data),
-              labelled.field, labels, labelled.most]  # fmt: skip
-    file = work / f"supervised-{canonical_hash(recipe)[:16]}.safetensors"
-    if not file.exists():
+              labelled.field, labels, labelled.most, manifest.conventions.model_dump()]  # fmt: skip
+    folder = work / f"supervised-{canonical_hash(recipe)[:16]}"
+    files = {behaviour: folder / f"{behaviour}.safetensors" for behaviour in behaviours}
+    if not all(file.exists() for file in files.values()):
         model, tokenizer = load_base(package, options)
-        rows = supervised_rows(
+        made = supervised_directions(
             package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most, progress
         )
-        write_tensors(file, rows)
+        for behaviour, direction in made.items():
+            write_tensors(files[behaviour], direction)
         del model
         gc.collect()
-    return load_file(file)
+    return {behaviour: load_file(file) for behaviour, file in files.items()}
 
 
 def _print_end(evaluation: Evaluation, work: Path, updated: Path | None) -> None:

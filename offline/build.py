@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atoms.adapter import Adapter
-from atoms.manifest import AtomCard, BaseModelRef, Conventions, Manifest, Orientation
+from atoms.manifest import AtomCard, BaseModelRef, Conventions, Manifest, Orientation, SteeringPath
 from atoms.package import EVIDENCE, REPORT, PackageContents, atom_id
 from atoms.projection import Projection, RowWhitening
 from offline.calibrate import Calibrated
@@ -88,7 +89,9 @@ def _manifest(discovery: Discovery, cards: list[AtomCard]) -> Manifest:
         base_model=discovery.base,
         adapter_hash=discovery.adapter.content_hash(),
         conventions=Conventions(
-            unprojection_exponent=config.calibrate.exponent, composition=config.calibrate.composition
+            unprojection_exponent=config.calibrate.exponent,
+            path=SteeringPath(**dataclasses.asdict(config.steering)) if config.steering.steps else None,
+            composition=config.calibrate.composition,
         ),
         atoms=cards,
         files={},

@@ -113,14 +113,15 @@ class DriftMeter:
             return torch.log_softmax(label_logits(self.steered.model, batch), dim=-1)
 
 
-def calibrate_atom(meter: DriftMeter, projection: Projection, row: Tensor, config: CalibrateConfig) -> Calibrated:
-    """Unprojects a row (D,), in the coordinates of stored rows, and scales it until the KL at ±1 averages 0.05 nats within 5%.
+def calibrate_atom(
+    meter: DriftMeter, projection: Projection, direction: Direction, config: CalibrateConfig
+) -> Calibrated:
+    """Scales `direction` until the KL at ±1 averages 0.05 nats within 5%.
 
-    Starts from the block-diagonal Fisher, ½ η² Σ λ (λ+ε)^{2p} d², times what such an estimate usually leaves out, and
+    Starts from the block-diagonal Fisher on the kept components times what such an estimate usually leaves out, and
     corrects by the square root of what is measured.
     """
-    direction = projection.unproject(row, config.exponent)
-    scale = math.sqrt(2 * UNIT_NATS / max(_CROSS_MATRIX * fisher_norm(projection, row, config.exponent), 1e-30))
+    scale = math.sqrt(2 * UNIT_NATS / max(_CROSS_MATRIX * fisher_norm(projection, direction), 1e-30))
     for _ in range(_MAX_SCALE_STEPS):
         scaled = {key: value * scale for key, value in direction.items()}
         up, down = meter.kl(scaled, 1.0), meter.kl(scaled, -1.0)
@@ -135,13 +136,10 @@ def calibrate_atom(meter: DriftMeter, projection: Projection, row: Tensor, confi
     return Calibrated(scaled, dict(sorted(curve.items())))
 
 
-def fisher_norm(projection: Projection, atom: Tensor, exponent: float) -> float:
-    """vᵀFv of the unprojected atom under the block-diagonal Fisher of the kept components."""
-    total = 0.0
-    for key, part in projection.slices():
-        basis = projection.bases[key]
-        total += float((basis.eigenvalues * basis.power(2 * exponent) * atom[part].square()).sum())
-    return total
+def fisher_norm(projection: Projection, direction: Direction) -> float:
+    """vᵀFv of a direction v under the block-diagonal Fisher of the kept components, Σ λ (Qᵀv)²."""
+    bases = projection.bases.items()
+    return sum(float((basis.eigenvalues * basis.rotate(direction[key]).square()).sum()) for key, basis in bases)
 
 
 def orient(

@@ -119,6 +119,25 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SteeringConfig:
+    """How an atom's direction is made of its strongest `documents` (offline/steering.py).
+
+    `steps`: gradient steps from θ0, 0 for the unprojected atom. `tokens`: of each response, those that carry the loss.
+    """
+
+    steps: int = 6
+    documents: int = 32
+    tokens: int = 12
+    reference_documents: int = 192
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.steps <= 100, "steps", self.steps, "within 0 and 100")
+        _require(self.documents >= 1, "documents", self.documents, "at least 1")
+        _require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
+        _require(self.reference_documents >= 1, "reference_documents", self.reference_documents, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
 class CalibrateConfig:
     """Unprojection exponent p, composition, and the neutral continuations on which KL is measured."""
 
@@ -144,6 +163,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "whitening": {"centred": False, "ridge": 0.0},
         "dictionary": {"learner": "scikit-learn", "nonnegative": False},
         "select": {"min_z": -1e6, "max_cosine": 1.0, "min_stability": 0.0, "sign_aligned": False},
+        "steering": {"steps": 0},
         "calibrate": {"exponent": 0.5},
     },
 }
@@ -183,6 +203,7 @@ class DiscoverConfig:
     whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
     dictionary: DictionaryConfig = field(default_factory=DictionaryConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
 
     def __post_init__(self) -> None:

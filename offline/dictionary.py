@@ -73,6 +73,13 @@ class Codes:
         start, end = self.starts[atom : atom + 2].tolist()
         return self.places[start:end], self.values[start:end]
 
+    def strongest(self, atom: int, count: int) -> list[int]:
+        """At most `count` of the documents that use `atom`, largest codes first, of the sign that carries more weight."""
+        places, values = self.of(atom)
+        towards = values * (1 if values.sum() >= 0 else -1)
+        order = torch.argsort(towards, descending=True, stable=True)[: min(count, int((towards > 0).sum()))]
+        return self.documents[places[order]].tolist()
+
     def to_dense(self) -> Tensor:
         """(n, K)."""
         atoms = torch.repeat_interleave(torch.arange(self.atoms), self.starts.diff())

@@ -9,7 +9,7 @@ Rows and losses use the mean over response tokens; curvature uses sums (see offl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atoms.space import LoRASpace
-from offline.corpus import Batch
+from offline.corpus import Batch, EncodedDocument, collate, plan_batches
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -74,6 +74,27 @@ def sum_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Te
     """(b,) cross-entropy summed over each document's response tokens, nats."""
     per_token = nn.functional.cross_entropy(logits, batch.labels if labels is None else labels, reduction="none")
     return per_token.new_zeros(len(batch.documents)).index_add(0, batch.label_rows, per_token)
+
+
+def mean_gradient(
+    model: PeftModel,
+    space: LoRASpace,
+    documents: Sequence[EncodedDocument],
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """The mean over documents of the gradient of their mean loss, per LoRA matrix, float32 on the CPU. `model` is frozen."""
+    total = {tensor.key: torch.zeros(tensor.shape) for tensor in space.tensors}
+
+    def add(key: str, x: Tensor, delta: Tensor) -> None:
+        total[key] += torch.einsum("bto,bti->oi", delta, x).cpu()
+
+    with gradient_hooks(model, space, add):
+        for group in plan_batches(documents, batch_tokens):
+            batch = collate(group).to(model.device)
+            mean_losses(label_logits(model, batch), batch).sum().backward()
+            advance(len(group))
+    return {key: value / len(documents) for key, value in total.items()}
 
 
 def _require_gradient(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Discovery from documents to package. READ FIRST.
 
-    documents ──► θ0 ──► eigenbasis ──► whitened rows ──► dictionary ──► selection ──► calibration ──► package
-                fine-tune  curvature     gradients                       coherence     KL, drift matrix
-                                                                                       orientation
+    documents ──► θ0 ──► eigenbasis ──► whitened rows ──► dictionary ──► selection ──► directions ──► calibration ──► package
+                fine-tune  curvature     gradients                       coherence     steering       KL, drift matrix
+                                                                                                      orientation
 
 Every stage keeps its results in a folder of the working directory and is skipped, or continued where it stopped, when
 nothing that it depends on has changed. Killing a run loses at most the current batch or checkpoint interval.
@@ -29,6 +29,7 @@ from atoms.manifest import BaseModelRef
 from atoms.model import choose_device, choose_dtype, config_hash, load_model, merge_adapter, weights_fingerprint
 from atoms.package import Package, write_package
 from atoms.projection import Projection, RowWhitening
+from atoms.space import Direction
 from atoms.steered import SteeredModel
 from atoms.storage import new_directory, read_json, write_json, write_tensors
 from offline.build import DiscoveredAtom, Discovery, package_contents
@@ -42,7 +43,7 @@ from offline.calibrate import (
     read_calibrated,
     write_calibrated,
 )
-from offline.config import DiscoverConfig
+from offline.config import DiscoverConfig, SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
 from offline.curvature import (
     factors_from_tensors,
@@ -62,6 +63,7 @@ from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
 from offline.select import Candidate, Sparsity, candidates, keywords, select, stability
+from offline.steering import PathMaker
 from offline.whitening import fit_whitening
 from offline.workspace import Workspace
 
@@ -83,7 +85,8 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
     if ranks.first:  # what is left is measured on a few prompts, while the others wait
         run.workspace.ranks = ALONE
         chosen = run.select(store, dictionary)
-        atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen)
+        directions = run.directions(adapter, projection, store, dictionary, chosen)
+        atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen, directions)
         run.package(adapter, projection, store, dictionary, chosen.sparsity, atoms, drift)
     ranks.wait()
     return Package.read(config.out)
@@ -91,9 +94,11 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen candidates, every dictionary atom's stability across seeds, (K,), and how sparse the codes are."""
+    """The chosen candidates, the documents that each is steered towards (row numbers, by dictionary atom), every dictionary
+    atom's stability across seeds, (K,), and how sparse the codes are."""
 
     chosen: list[Candidate]
+    documents: dict[int, list[int]]
     stabilities: Tensor
     sparsity: Sparsity
 
@@ -238,11 +243,42 @@ class Run:
                 f"no atom of {len(dictionary.atoms)} passed the selection; give more documents (there are "
                 f"{len(self.corpus.documents)}), or lower --min-documents or --alpha"
             )
-        return Selection(chosen, stabilities, Sparsity.of(codes))
+        documents = {c.atom: codes.strongest(c.atom, config.steering.documents) for c in chosen}
+        return Selection(chosen, documents, stabilities, Sparsity.of(codes))
+
+    def directions(
+        self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
+        selection: Selection,
+    ) -> dict[int, Direction]:  # fmt: skip
+        """Dictionary atom -> its direction, of no particular strength: a path along its documents, or the atom unprojected."""
+        config, chosen = self.config, selection.chosen
+        if not config.steering.steps:
+            atoms, exponent = dictionaries[0].atoms, config.calibrate.exponent
+            return {
+                c.atom: projection.unproject(store.whitening.undo(atoms[c.atom], exponent), exponent) for c in chosen
+            }
+        folder = self.workspace.open(
+            "directions", **dataclasses.asdict(config.steering), select=dataclasses.asdict(config.select)
+        )
+        pending = [candidate for candidate in chosen if not _atom_file(folder, candidate).exists()]
+        if pending:
+            encoded = self.encoded.documents
+            with self.progress.task("directions", len(chosen), "atoms", len(chosen) - len(pending)) as bar:
+                maker = self.path_maker(adapter, config.steering)
+                for candidate in pending:
+                    own = [encoded[row] for row in selection.documents[candidate.atom]]
+                    write_tensors(_atom_file(folder, candidate), maker.direction(own))
+                    bar.advance()
+        return {candidate.atom: load_file(_atom_file(folder, candidate)) for candidate in chosen}
+
+    def path_maker(self, adapter: Adapter, steering: SteeringConfig) -> PathMaker:
+        """What makes paths in this corpus; takes the gradient that all documents share."""
+        model = self._peft(adapter)
+        return PathMaker.of(model, adapter.space, self.encoded.documents, steering, self.config.batch_tokens)
 
     def calibrate(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
-        selection: Selection,
+        selection: Selection, directions: Mapping[int, Direction],
     ) -> tuple[list[DiscoveredAtom], Tensor]:  # fmt: skip
         """Scales each atom to 0.05 nats at ±1, checks its orientation on held-out documents, and measures M."""
         config = self.config
@@ -252,7 +288,9 @@ class Run:
         )  # fmt: skip
         if not (folder / "drift.safetensors").exists():
             meter = self.meter(adapter, folder)
-            self._calibrate_pending(meter, folder, projection, store, dictionaries[0].atoms, selection.chosen)
+            self._calibrate_pending(
+                meter, folder, projection, store, dictionaries[0].atoms, selection.chosen, directions
+            )
             self._measure_drift(meter, folder, selection.chosen)
             meter.steered.close()
         discovered = []
@@ -267,15 +305,14 @@ class Run:
 
     def _calibrate_pending(
         self, meter: DriftMeter, folder: Path, projection: Projection, store: RowStore, atoms: Tensor,
-        chosen: Sequence[Candidate],
+        chosen: Sequence[Candidate], directions: Mapping[int, Direction],
     ) -> None:  # fmt: skip
         config = self.config
         pending = [candidate for candidate in chosen if not _atom_file(folder, candidate).exists()]
         held_out = self._held_out_of([candidate.atom for candidate in pending], store, atoms)
         with self.progress.task("calibrate", len(chosen), "atoms", len(chosen) - len(pending)) as bar:
             for candidate in pending:
-                row = store.whitening.undo(atoms[candidate.atom], config.calibrate.exponent)
-                calibrated = calibrate_atom(meter, projection, row, config.calibrate)
+                calibrated = calibrate_atom(meter, projection, directions[candidate.atom], config.calibrate)
                 evidence = held_out[candidate.atom]
                 oriented = orient(meter, calibrated, evidence, config.batch_tokens) if evidence else None
                 write_calibrated(_atom_file(folder, candidate), oriented)

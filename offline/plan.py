@@ -8,6 +8,7 @@ on a small sample of the actual documents with the actual model, and its time is
     fine-tune, factors, eigenvalues, gradients    work = padded tokens of the planned batches
     eigenvectors                                  fixed: the matrices are the same whatever the documents
     dictionary, second seed                       work = iterations × rows, on made-up rows of the true length
+    directions                                    work = padded tokens of the steps' batches; fixed: finding their length
     calibrate, drift matrix                       work = atoms × continuation tokens
 
 Memory is the probe's own peak, since every stage but the dictionary works batch by batch, plus what grows with the run.
@@ -48,6 +49,7 @@ from offline.finetune import plan_steps
 from offline.pipeline import Run
 from offline.progress import Progress
 from offline.rows import SHARD_DOCUMENTS, RowSink, RowStore, shard_path
+from offline.steering import prepared
 
 _DICTIONARY_ROWS = 1024
 _PROBE_PROMPTS, _PROBE_ATOMS = 2, 2
@@ -176,6 +178,7 @@ class _Probe:
         stages = [
             *self._gradient_stages(max(0.0, took - passes)),
             *self._dictionary_stages(projection, len(training), atoms),
+            *self._direction_stages(adapter, kept),
             *self._calibration_stages(adapter, projection, kept),
         ]
         lengths = sorted(len(document) for document in self.encoded.documents)
@@ -228,13 +231,32 @@ class _Probe:
             StagePlan(name, "rows", planned * rows, made * count, seconds) for name in ("dictionary", "second seed")
         ]
 
+    def _direction_stages(self, adapter: Adapter, kept: int) -> list[StagePlan]:
+        """One step on the probe's documents; a document of the run is as long as those of its reference sample are."""
+        config, limit, documents = self.config.steering, self.config.batch_tokens, self.encoded.documents
+        if not config.steps:
+            return []
+        reference = sample_documents(documents, config.reference_documents, 0)
+        shared = padded_tokens(prepared(reference, documents, config.tokens, len(reference)), limit)
+        here = prepared(self.sample, self.sample, config.tokens, len(self.sample))
+        probe = replace(config, steps=1, documents=len(self.sample), reference_documents=len(self.sample))
+        with self.costs.task("directions", 1, "atoms"):
+            maker, gradient = _timed(lambda: self.run.path_maker(adapter, probe))
+            _, step = _timed(lambda: maker.direction(self.sample))
+        steps = kept * config.steps * config.documents * shared / len(reference)
+        return [
+            StagePlan("directions", "padded tokens", round(shared + steps), padded_tokens(here, limit), gradient,
+                      kept * max(0.0, step - gradient))
+        ]  # fmt: skip
+
     def _calibration_stages(self, adapter: Adapter, projection: Projection, kept: int) -> list[StagePlan]:
         config = self.config.calibrate
         meter, made = _timed(lambda: self.run.meter(adapter, self.folder))
         atom = torch.nn.functional.normalize(
             torch.randn(projection.dim, generator=torch.Generator().manual_seed(0)), dim=0
         )
-        calibrated, scaling = _timed(lambda: calibrate_atom(meter, projection, atom, config))
+        direction = projection.unproject(atom, config.exponent)
+        calibrated, scaling = _timed(lambda: calibrate_atom(meter, projection, direction, config))
         documents = sample_documents(self.sample, config.orientation_documents, 0)
         _, orienting = _timed(lambda: orient(meter, calibrated, documents, self.config.batch_tokens))
         with self.costs.task("drift matrix", len(meter.batches), "prompts") as bar:

@@ -39,6 +39,7 @@ from offline.config import (
     DiscoverConfig,
     FinetuneConfig,
     SelectConfig,
+    SteeringConfig,
 )
 from offline.evaluation.prompts import demo_data, read_neutral_prompts
 from offline.models import prepare_demo_model
@@ -119,6 +120,7 @@ def real_package(smol_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         curvature=CurvatureConfig(factor_documents=6, eigenvalue_documents=6, components=20),
         dictionary=DictionaryConfig(atoms=6, alpha=0.05, iterations=10),
         select=SelectConfig(keep=3, min_documents=2, min_z=-1e9, min_stability=0.0),
+        steering=SteeringConfig(steps=2, documents=4, reference_documents=8),
         calibrate=CalibrateConfig(prompts=2, continuation_tokens=8, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=2),
     )  # fmt: skip

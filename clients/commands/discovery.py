@@ -76,8 +76,16 @@ def discover(
     ] = "default",
     keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 24,
     min_documents: Annotated[int, typer.Option(help="Fewest documents that support an atom.")] = 6,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Gradient steps on an atom's documents that make its direction, 0: the unprojected atom; default: 6.",
+            show_default=False,
+        ),
+    ] = None,
     exponent: Annotated[
-        float | None, typer.Option(help="Unprojection exponent p, -0.5 (natural step) to 0.5; default: 0.5.")
+        float | None,
+        typer.Option(help="Unprojection exponent p, -0.5 (natural step) to 0.5; default: 0.5. With --steps 0."),
     ] = None,
     composition: Annotated[str, typer.Option(help="linear or parameter.")] = "linear",
     calibration_prompts: Annotated[int, typer.Option(help="Neutral prompts on which drift is measured.")] = 16,
@@ -103,6 +111,7 @@ def discover(
         DiscoverConfig,
         FinetuneConfig,
         SelectConfig,
+        SteeringConfig,
         WhiteningConfig,
         recipe_settings,
     )
@@ -125,10 +134,16 @@ def discover(
         whitening=WhiteningConfig(**settings("whitening", ridge=ridge)),
         dictionary=DictionaryConfig(atoms=atoms, alpha=alpha, **settings("dictionary", nonnegative=nonnegative)),
         select=SelectConfig(keep=keep, min_documents=min_documents, **settings("select")),
+        steering=SteeringConfig(**settings("steering", steps=steps)),
         calibrate=CalibrateConfig(composition=composition, prompts=calibration_prompts,  # type: ignore[arg-type]
                                   continuation_tokens=continuation_tokens, coefficients=numbers(coefficients),
                                   **settings("calibrate", exponent=exponent)),
     )  # fmt: skip
+    if exponent is not None and config.steering.steps:
+        raise ConfigError(
+            f"--exponent {exponent:g} is of the unprojected atom, and directions are made of {config.steering.steps} steps; "
+            "add --steps 0"
+        )
     quiet_libraries()
     if dry_run:
         if ranks > 1:

@@ -1,12 +1,11 @@
 """Controls of equal KL: what any direction would do that costs the same drift.
 
-    random      a random unit row in whitened coordinates
-    shuffled    the atom's own whitened row with its coordinates permuted: the same sizes at the wrong places
-    supervised  the mean gradient of the documents with the behaviour's label: what labels would have bought
+    random      a random unit row in whitened coordinates, unprojected
+    shuffled    the atom's own whitened row with its coordinates permuted: the same sizes at the wrong places; unprojected
+    supervised  what the atoms' own recipe makes of the documents with the behaviour's label: what labels would have bought
                 (offline/evaluation/supervised.py)
 
-Each is a whitened row that goes through the atoms' own unprojection; then its strength is set so that the measured KL is
-that of the atom at its chosen coefficient, along the same answers.
+The strength of each is set so that the measured KL is that of the atom at its chosen coefficient, along the same answers.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+from atoms.mix import Mix
 from atoms.package import Package
-from atoms.projection import Projection, RowWhitening
+from atoms.projection import Projection
 from atoms.space import Direction
 from offline.calibrate import DriftMeter, fisher_norm
 
@@ -36,11 +36,10 @@ def shuffled_row(row: Tensor, seed: int) -> Tensor:
     return row[torch.randperm(len(row), generator=torch.Generator().manual_seed(seed))]
 
 
-def atom_row(package: Package, atom: str) -> Tensor:
-    """The row (D,) that an atom was unprojected from, before its orientation."""
-    tensors = package.projection_tensors
-    row = tensors["dictionary"][int(tensors["dictionary_index"][package.index[atom]])]
-    return RowWhitening.from_tensors(tensors).undo(row, package.manifest.conventions.unprojection_exponent)
+def atom_row(package: Package, projection: Projection, atom: str) -> Tensor:
+    """The row (D,) that is unprojected to an atom, or to its part on the kept components."""
+    direction = package.bank.direction(Mix.of({atom: 1.0}))
+    return projection.row_of(direction, package.manifest.conventions.unprojection_exponent)
 
 
 def projection_of(package: Package) -> Projection:
@@ -48,21 +47,19 @@ def projection_of(package: Package) -> Projection:
 
 
 def control_direction(
-    package: Package, projection: Projection, meter: DriftMeter, row: Tensor, sign: float, target: float
+    projection: Projection, meter: DriftMeter, direction: Direction, sign: float, target: float
 ) -> tuple[Direction, float]:
-    """The direction of whitened `row`, times `sign`, at the strength that costs `target` nats a token; and its KL.
+    """`direction`, times `sign`, at the strength that costs `target` nats a token; and its KL.
 
     Starts from the block-diagonal Fisher and the square root of what is measured; once the target lies between two
     strengths, goes on between them on a log-log scale, until within 3%. Comes back as near as it got after 12 steps: look
     at the KL.
     """
-    exponent = package.manifest.conventions.unprojection_exponent
-    unit = projection.unproject(row, exponent)
-    scale = math.sqrt(2 * target / max(fisher_norm(projection, row, exponent), 1e-30))
+    scale = math.sqrt(2 * target / max(fisher_norm(projection, direction), 1e-30))
     below: tuple[float, float] | None = None  # the strongest strength known to cost too little, and its KL
     above: tuple[float, float] | None = None
     for _ in range(_MAX_STEPS):
-        scaled = {key: value * sign * scale for key, value in unit.items()}
+        scaled = {key: value * sign * scale for key, value in direction.items()}
         kl = meter.kl(scaled)
         if abs(kl / target - 1) <= _KL_TOLERANCE:
             break

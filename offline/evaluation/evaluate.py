@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from atoms.detectors import get_detector
 from atoms.errors import DataError
 from atoms.mix import Mix
+from atoms.package import Package
+from atoms.projection import Projection
 from atoms.space import Direction
 from atoms.storage import canonical_hash, sha256_file, write_tensors
 from offline.calibrate import DriftMeter
@@ -58,11 +59,11 @@ class Contender:
 
 def evaluate(
     harness: Harness, prompts_file: Path, config: EvaluateConfig, work: Path, progress: Progress,
-    supervised: Mapping[str, Tensor] | None = None,
+    supervised: Mapping[str, Direction] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Runs or resumes an evaluation whose files lie in `work`.
 
-    `supervised`: behaviour -> unit whitened row (D,) of its labelled documents, for the supervised control. Raises
+    `supervised`: behaviour -> direction of its labelled documents, for the supervised control. Raises
     UnknownAtomError, UnknownDetectorError and DataError for names that do not exist and prompts that are missing.
     """
     prompts, package = read_prompts(prompts_file), harness.package
@@ -110,47 +111,55 @@ def _facts(harness: Harness, prompts_file: Path, config: EvaluateConfig) -> dict
 
 def _contenders(
     harness: Harness, choices: Mapping[Goal, Choice | None], heldout: Prompts, config: EvaluateConfig, work: Path,
-    progress: Progress, supervised: Mapping[str, Tensor],
+    progress: Progress, supervised: Mapping[str, Direction],
 ) -> dict[Goal, dict[str, Contender]]:  # fmt: skip
     """Condition -> mix and KL of each goal: the chosen atom, and controls that cost as much along the same answers."""
     chosen = {goal: choice for goal, choice in choices.items() if choice}
     unsteered = harness.answer("held-out, unsteered", [(goal, Mix()) for goal in chosen], heldout, progress)
-    contenders = {}
+    contenders, projection = {}, projection_of(harness.package)
     with progress.task("controls", len(chosen), "goals") as bar:
         for goal, choice in chosen.items():
             along = unsteered[goal, Mix()][: config.kl_prompts]
             meter, atom = harness.meter(along), Mix.of({choice.atom: choice.coefficient})
             target = harness.kl(meter, atom)
             contenders[goal] = {ATOM: Contender(atom, target)}
-            for name, row, sign in _control_rows(harness, goal, choice, config, supervised.get(goal.behaviour)):
-                recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, row.tolist(), sign]
+            labelled = supervised.get(goal.behaviour)
+            for name, towards, sign in _controls(harness.package, projection, goal, choice, config, labelled):
+                made_of = harness.package.base_adapter.space.hash_tensors(towards)
+                recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, made_of, sign]
                 file = work / "controls" / f"{name}-{canonical_hash(recipe)[:16]}.safetensors"
-                direction, kl = _kept_control(file, harness, meter, row, sign, target)
+                direction, kl = _kept_control(file, projection, meter, towards, sign, target)
                 mix = harness.directions.add(f"{name} for {goal}", direction)
                 contenders[goal][name] = Contender(mix, kl)
             bar.advance()
     return contenders
 
 
-def _control_rows(
-    harness: Harness, goal: Goal, choice: Choice, config: EvaluateConfig, supervised: Tensor | None
-) -> list[tuple[str, Tensor, float]]:
-    """(name, whitened row, sign): which way and where the controls of a goal go."""
-    row = atom_row(harness.package, choice.atom)
-    rows = [("shuffled", shuffled_row(row, config.seed), 1.0)]
+def _controls(
+    package: Package, projection: Projection, goal: Goal, choice: Choice, config: EvaluateConfig,
+    supervised: Direction | None,
+) -> list[tuple[str, Direction, float]]:  # fmt: skip
+    """(name, direction, sign): which way the controls of a goal go."""
+    exponent = package.manifest.conventions.unprojection_exponent
+    rows = {"shuffled": shuffled_row(atom_row(package, projection, choice.atom), config.seed)}
     for n in range(config.random_controls):
-        rows.append((f"random-{n + 1}", random_row(len(row), config.seed + n), 1.0))
+        rows[f"random-{n + 1}"] = random_row(projection.dim, config.seed + n)
+    controls: list[tuple[str, Direction, float]] = [
+        (name, projection.unproject(row, exponent), 1.0) for name, row in rows.items()
+    ]
     if supervised is not None:
-        rows.append(("supervised", supervised, float(goal.sign)))  # towards the labelled documents, or away from them
-    return rows
+        controls.append(
+            ("supervised", supervised, float(goal.sign))
+        )  # towards the labelled documents, or away from them
+    return controls
 
 
 def _kept_control(
-    file: Path, harness: Harness, meter: DriftMeter, row: Tensor, sign: float, target: float
+    file: Path, projection: Projection, meter: DriftMeter, towards: Direction, sign: float, target: float
 ) -> tuple[Direction, float]:
     """The control of an earlier run, or a new one that is kept: its weights must not change, or its answers would."""
     if not file.exists():
-        direction, kl = control_direction(harness.package, projection_of(harness.package), meter, row, sign, target)
+        direction, kl = control_direction(projection, meter, towards, sign, target)
         write_tensors(file, direction, {"kl": repr(kl)})
     with safe_open(file, framework="pt") as kept:
         return {key: kept.get_tensor(key) for key in kept.keys()}, float(kept.metadata()["kl"])  # noqa: SIM118

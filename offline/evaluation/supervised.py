@@ -1,6 +1,6 @@
-"""The supervised ceiling: whitened rows made from documents with labels. The only place that reads labels.
+"""The supervised ceiling: directions made from documents with labels. The only place that reads labels.
 
-Discovery never sees them; here they say what the mean gradient of a behaviour's documents would have bought.
+Discovery never sees them; here they say what the atoms' own recipe would have made of a behaviour's documents.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from atoms.errors import DataError
 from atoms.package import Package
-from offline.corpus import EncodedDocument, collate, encode_corpus, plan_batches, read_corpus, read_rows
+from atoms.space import Direction
+from offline.config import SteeringConfig
+from offline.corpus import EncodedDocument, encode_corpus, read_corpus, read_rows
 from offline.evaluation.controls import projection_of
-from offline.gradients import gradient_hooks, label_logits, mean_losses
+from offline.gradients import mean_gradient
 from offline.models import frozen_lora
-from offline.progress import Progress, Task
+from offline.progress import Progress
+from offline.steering import PathMaker
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 _MAX_LENGTH = 512
 
 
-def supervised_rows(
+def supervised_directions(
     package: Package, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, field: str,
     labels: Mapping[str, str], most: int, progress: Progress, batch_tokens: int = 1024,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Behaviour -> unit whitened row (D,) of the mean gradient of at most `most` documents with the behaviour's label.
+) -> dict[str, Direction]:  # fmt: skip
+    """Behaviour -> direction of at most `most` documents with the behaviour's label, made as the package's atoms are: a path
+    of gradient steps, or their unprojected mean gradient.
 
     `model` is the unmerged base; it comes back as it was. Raises DataError for a file without the field or a label
     that no document carries.
@@ -41,13 +42,19 @@ def supervised_rows(
     documents = encode_corpus(read_corpus(data), tokenizer, _MAX_LENGTH).documents
     found = read_labels(data, field)
     groups = {behaviour: _sample(documents, found, label, data, field, most) for behaviour, label in labels.items()}
-    peft = frozen_lora(model, package.path / "base", package.base_adapter.space)
+    space = package.base_adapter.space
+    peft = frozen_lora(model, package.path / "base", space)
     try:
-        with progress.task("supervised gradients", sum(map(len, groups.values())), "documents") as bar:
-            return {
-                behaviour: mean_gradient_row(package, peft, group, batch_tokens, bar)
-                for behaviour, group in groups.items()
-            }
+        with progress.task("supervised directions", len(groups), "behaviours") as bar:
+            path = package.manifest.conventions.path
+            maker = path and PathMaker.of(peft, space, documents, SteeringConfig(**dict(path)), batch_tokens)
+            made = {}
+            for behaviour, group in groups.items():
+                made[behaviour] = (
+                    maker.direction(group) if maker else unprojected_mean(package, peft, group, batch_tokens)
+                )
+                bar.advance()
+            return made
     finally:
         peft.unload()
 
@@ -66,27 +73,17 @@ def read_labels(data: Path, field: str) -> list[str | None]:
     return labels
 
 
-def mean_gradient_row(
-    package: Package, model: PeftModel, documents: Sequence[EncodedDocument], batch_tokens: int, task: Task
-) -> Tensor:
-    """The unit whitened row (D,) of the documents' mean gradient, with the discovery's mean row removed.
+def unprojected_mean(
+    package: Package, model: PeftModel, documents: Sequence[EncodedDocument], batch_tokens: int
+) -> Direction:
+    """The documents' mean gradient without the discovery's mean row, unprojected as an atom is. `model` has θ0 on it.
 
-    Projection is linear, so the mean gradient's row is the mean of the documents' rows. `model` is frozen, with θ0 on it.
+    Projection is linear, so the mean gradient's row is the mean of the documents' rows.
     """
-    total: dict[str, Tensor] = {}
-
-    def add(key: str, x: Tensor, delta: Tensor) -> None:
-        gradient = torch.einsum("bto,bti->oi", delta, x).cpu()
-        total[key] = gradient + total[key] if key in total else gradient
-
-    with gradient_hooks(model, package.base_adapter.space, add):
-        for group in plan_batches(documents, batch_tokens):
-            batch = collate(group).to(model.device)
-            mean_losses(label_logits(model, batch), batch).sum().backward()
-            task.advance(len(group))
-    mean = {key: value / len(documents) for key, value in total.items()}
-    row = projection_of(package).project(mean) - package.projection_tensors["mean_row"]
-    return row / row.norm().clamp_min(1e-30)
+    projection = projection_of(package)
+    row = projection.project(mean_gradient(model, package.base_adapter.space, documents, batch_tokens))
+    row -= package.projection_tensors["mean_row"]
+    return projection.unproject(row / row.norm().clamp_min(1e-30), package.manifest.conventions.unprojection_exponent)
 
 
 def _sample(

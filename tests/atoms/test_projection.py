@@ -77,6 +77,23 @@ def test_unprojection_at_plus_half_undoes_projection_at_full_rank() -> None:
         )
 
 
+@pytest.mark.parametrize("exponent", [-0.5, 0.0, 0.5])
+def test_the_row_of_an_unprojected_row_is_that_row(exponent: float) -> None:
+    projection = random_projection(5)
+    row = torch.randn(projection.dim, generator=torch.Generator().manual_seed(6))
+    assert torch.allclose(projection.row_of(projection.unproject(row, exponent), exponent), row, atol=1e-4)
+
+
+def test_the_row_of_a_direction_leaves_out_what_no_kept_component_carries() -> None:
+    projection, direction = random_projection(5), random_direction(7)
+    kept = projection.unproject(projection.row_of(direction, 0.5), 0.5)
+    again = projection.unproject(projection.row_of(kept, 0.5), 0.5)
+    rest = {key: direction[key] - kept[key] for key in kept}
+    assert all(torch.allclose(again[key], kept[key], atol=1e-4) for key in kept)
+    assert projection.row_of(rest, 0.5).abs().max() < 1e-4
+    assert sum(float(value.norm()) for value in rest.values()) > 0.1, "5 of the components cannot hold all of it"
+
+
 @pytest.mark.parametrize("components", [5, 10**6])
 def test_at_minus_half_the_first_order_change_is_minus_row_times_atom(components: int) -> None:
     projection, gradient = random_projection(components), random_direction(2)

@@ -14,13 +14,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from atoms.errors import DataError
 from atoms.mix import Mix
 from atoms.package import Package
-from offline.corpus import collate, encode_corpus, read_corpus
+from atoms.projection import RowWhitening
+from offline.config import DiscoverConfig, SteeringConfig
+from offline.corpus import EncodedDocument, collate, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer
 from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
-from offline.evaluation.supervised import read_labels, supervised_rows
+from offline.evaluation.supervised import read_labels, supervised_directions
 from offline.gradients import FullGradients, gradient_hooks, label_logits, mean_losses
 from offline.models import frozen_lora
+from offline.pipeline import discover
 from offline.progress import Progress
+from offline.steering import PathMaker
+
+
+@pytest.fixture(scope="module")
+def unprojected(tiny_config: Callable[..., DiscoverConfig], tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """A package of unprojected dictionary atoms."""
+    config = tiny_config(tmp_path_factory.mktemp("unprojected") / "package", steering=SteeringConfig(steps=0))
+    return discover(config, Progress(quiet=True))
 
 
 def test_a_random_row_is_a_unit_row_of_its_seed() -> None:
@@ -30,21 +41,20 @@ def test_a_random_row_is_a_unit_row_of_its_seed() -> None:
 
 
 def test_a_shuffled_row_keeps_sizes_and_loses_places(tiny_package: Package) -> None:
-    row = atom_row(tiny_package, tiny_package.manifest.atoms[0].id)
+    row = atom_row(tiny_package, projection_of(tiny_package), tiny_package.manifest.atoms[0].id)
     shuffled = shuffled_row(row, 0)
     assert torch.equal(row.sort().values, shuffled.sort().values)
     assert abs(float(row @ shuffled)) < 0.5 * float(row @ row)
 
 
-def test_an_atoms_row_unprojects_to_the_atoms_direction(tiny_package: Package) -> None:
+def test_an_unprojected_atoms_row_is_its_dictionary_atoms(unprojected: Package) -> None:
     """Up to the strength and the orientation, a control's way from row to direction is the atom's own."""
-    projection = projection_of(tiny_package)
-    for card in tiny_package.manifest.atoms:
-        exponent = tiny_package.manifest.conventions.unprojection_exponent
-        made = projection.unproject(atom_row(tiny_package, card.id), exponent)
-        stored = tiny_package.bank.direction(Mix.of({card.id: 1.0}))
-        ours, theirs = (torch.cat([d[key].flatten() for key in sorted(d)]) for d in (made, stored))
-        assert abs(float(torch.cosine_similarity(ours, theirs, dim=0))) == pytest.approx(1.0, abs=1e-4)
+    projection, tensors = projection_of(unprojected), unprojected.projection_tensors
+    whitening, exponent = RowWhitening.from_tensors(tensors), unprojected.manifest.conventions.unprojection_exponent
+    for card, number in zip(unprojected.manifest.atoms, tensors["dictionary_index"], strict=True):
+        expected = whitening.undo(tensors["dictionary"][number], exponent)
+        cosine = torch.cosine_similarity(atom_row(unprojected, projection, card.id), expected, dim=0)
+        assert abs(float(cosine)) == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("target", [0.02, 0.2])
@@ -57,37 +67,61 @@ def test_a_control_costs_the_target(
     meter = harness.meter([Answer("When does it rain?", Mix(), "", ids, "stop")])
     projection = projection_of(tiny_package)
     row = random_row(projection.dim, 0)
-    direction, kl = control_direction(tiny_package, projection, meter, row, sign, target)
+    unit = projection.unproject(row, tiny_package.manifest.conventions.unprojection_exponent)
+    direction, kl = control_direction(projection, meter, unit, sign, target)
     assert kl == pytest.approx(target, rel=0.05)
     mix = harness.directions.add("control", direction)
     assert harness.kl(meter, mix) == pytest.approx(kl, rel=1e-5)
-    unit = projection.unproject(row, tiny_package.manifest.conventions.unprojection_exponent)
     assert sign * sum(float((direction[key] * unit[key]).sum()) for key in unit) > 0, "the sign was lost"
 
 
-def test_the_supervised_row_is_the_mean_of_the_labelled_documents_gradients(
-    tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
+def labelled(tiny_data: Path, tokenizer: PreTrainedTokenizerFast, label: str) -> list[EncodedDocument]:
+    documents, labels = encode_corpus(read_corpus(tiny_data), tokenizer, 512).documents, read_labels(tiny_data, "task")
+    return [document for document, found in zip(documents, labels, strict=True) if found == label]
+
+
+def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
+    unprojected: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
 ) -> None:
-    rows = supervised_rows(
-        tiny_package, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99,
+    directions = supervised_directions(
+        unprojected, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99,
         Progress(quiet=True), batch_tokens=300,
     )  # fmt: skip
-    labels = read_labels(tiny_data, "task")
-    documents = encode_corpus(read_corpus(tiny_data), tiny_tokenizer, 512).documents
-    peft = frozen_lora(tiny_model, tiny_package.path / "base", tiny_package.base_adapter.space)
+    space, projection = unprojected.base_adapter.space, projection_of(unprojected)
+    peft = frozen_lora(tiny_model, unprojected.path / "base", space)
     total: dict[str, torch.Tensor] = {}
-    chosen = [document for document, label in zip(documents, labels, strict=True) if label == "yes-no"]
+    chosen = labelled(tiny_data, tiny_tokenizer, "yes-no")
     for document in chosen:
         sink = FullGradients()
-        with gradient_hooks(peft, tiny_package.base_adapter.space, sink):
+        with gradient_hooks(peft, space, sink):
             batch = collate([document])
             mean_losses(label_logits(peft, batch), batch).sum().backward()
         for key, value in sink.tensors.items():
             total[key] = total.get(key, 0) + value[0] / len(chosen)
     peft.unload()
-    expected = projection_of(tiny_package).project(total) - tiny_package.projection_tensors["mean_row"]
-    torch.testing.assert_close(rows["yes-no"], expected / expected.norm(), rtol=1e-3, atol=1e-5)
-    assert abs(float(rows["yes-no"] @ rows["other"])) < 0.95
+    expected = projection.project(total) - unprojected.projection_tensors["mean_row"]
+    made = [projection.row_of(directions[name], 0.5) for name in ("yes-no", "other")]
+    torch.testing.assert_close(made[0], expected / expected.norm(), rtol=1e-3, atol=1e-4)
+    assert abs(float(made[0] @ made[1])) < 0.95
+
+
+def test_beside_paths_the_supervised_direction_is_a_path(
+    tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
+) -> None:
+    made = supervised_directions(
+        tiny_package, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no"}, 99, Progress(quiet=True),
+        batch_tokens=300,
+    )["yes-no"]  # fmt: skip
+    space = tiny_package.base_adapter.space
+    path = tiny_package.manifest.conventions.path
+    assert path is not None
+    peft = frozen_lora(tiny_model, tiny_package.path / "base", space)
+    pool = encode_corpus(read_corpus(tiny_data), tiny_tokenizer, 512).documents
+    maker = PathMaker.of(peft, space, pool, SteeringConfig(**dict(path)), 300)
+    expected = maker.direction(labelled(tiny_data, tiny_tokenizer, "yes-no"))
+    peft.unload()
+    for key, value in expected.items():
+        torch.testing.assert_close(made[key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("field", "label"), [("task", "opera"), ("genre", "yes-no")], ids=["label", "field"])
@@ -96,7 +130,7 @@ def test_labels_that_are_not_there_are_named(
     field: str, label: str,
 ) -> None:  # fmt: skip
     with pytest.raises(DataError, match="opera|genre"):
-        supervised_rows(
+        supervised_directions(
             tiny_package, tiny_model, tiny_tokenizer, tiny_data, field, {"yes-no": label}, 9, Progress(quiet=True)
         )
 
