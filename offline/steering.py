@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _STEP_NATS = 0.02
-_METER_DOCUMENTS = 16
+_METER_DOCUMENTS = 8
 _SCALE_STEPS = 8
 _SCALE_TOLERANCE = 0.1
 

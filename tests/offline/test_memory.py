@@ -21,11 +21,11 @@ def anonymous():
 
 obeyed = return_freed_memory() if sys.argv[1] == "returned" else None
 for _ in range(3):
-    torch.ones(2**20)  # 4 MiB: freeing it makes glibc serve the next ones from its heap
+    torch.ones(2**22)  # 16 MiB: freeing it makes glibc serve the next ones from its heap
 before = anonymous()
 held, pins = [], []
-for _ in range(50):
-    held.append(torch.ones(2**20))
+for _ in range(15):
+    held.append(torch.ones(2**22))
     pins.append(torch.ones(64))
 held.clear()
 print(json.dumps([obeyed, anonymous() - before]))
