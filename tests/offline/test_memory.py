@@ -24,8 +24,8 @@ for _ in range(3):
     torch.ones(2**22)  # 16 MiB: freeing it makes glibc serve the next ones from its heap
 before = anonymous()
 held, pins = [], []
-for _ in range(15):
-    held.append(torch.ones(2**22))
+for _ in range(40):
+    held.append(torch.ones(3 * 2**20))  # 12 MiB
     pins.append(torch.ones(64))
 held.clear()
 print(json.dumps([obeyed, anonymous() - before]))
