@@ -16,8 +16,8 @@ def return_freed_memory() -> bool:
 
     glibc raises its threshold to 32 MiB as such blocks are freed; activations of many shapes then lie among what stays, and
     leave holes that no later batch fits. A discovery peaked 18% higher, and the more the longer it ran. Giving smaller blocks
-    back as well costs up to half of the speed where page faults are slow (docs/discovery.md). Does nothing without glibc, and nothing where the environment sets the
-    threshold (``MALLOC_MMAP_THRESHOLD_``) or another allocator is loaded.
+    back as well costs up to half of the speed where page faults are slow (docs/discovery.md). Does nothing without glibc, and
+    nothing where the environment sets the threshold (``MALLOC_MMAP_THRESHOLD_``) or another allocator is loaded.
     """
     if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
