@@ -169,8 +169,9 @@ def test_screening_stays_within_the_tested_range(
     """A screening coefficient beyond the range of the atoms must not leave a goal without candidates."""
     good = tiny_package.manifest.atoms[-1]
     harness, _ = scripted(script(good.id))
-    assert good.tested_range == (-1.0, 1.0) and len(tiny_package.manifest.atoms) > config.candidates
-    up, down = run(harness, prompts, dataclasses.replace(config, screen_coefficient=5.0), tmp_path).goals
+    assert good.tested_range == (-1.0, 1.0) and len(tiny_package.manifest.atoms) > 1
+    config = dataclasses.replace(config, screen_coefficient=5.0, candidates=1)  # fewer than atoms, or none is screened
+    up, down = run(harness, prompts, config, tmp_path).goals
     assert (up.choice.atom, up.choice.coefficient, down.choice.coefficient) == (good.id, 1.0, -1.0)
 
 
