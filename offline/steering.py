@@ -5,7 +5,7 @@ keep their form out of that step, and are undone here:
 
     prompts     θ0 expects a list where one is asked for, so little of the gradient is about lists. Half of the documents
                 get the prompts of others
-    long answers   form is decided in the first tokens, which a mean over all of them drowns. Only those carry the loss
+    length      form is decided in the first tokens, which the mean over a long answer drowns. Only those carry the loss
     distance    what θ0 never does is far away, and off the components of large Fisher. Steps of one length, with the whole
                 gradient made anew at each
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atoms.space import Direction, LoRASpace
 from offline.config import SteeringConfig
-from offline.corpus import EncodedDocument, collate, sample_documents
+from offline.corpus import Batch, EncodedDocument, collate, sample_documents
 from offline.gradients import label_logits, lora_linear, mean_gradient
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class PathMaker:
             with moved(self.model, self.space, total):
                 gradient = mean_gradient(self.model, self.space, given, self.batch_tokens)
             downhill = {key: self.shared[key] - value for key, value in gradient.items()}
-            unit = {key: value / max(_norm(downhill), 1e-30) for key, value in downhill.items()}
+            norm = max(_norm(downhill), 1e-30)
+            unit = {key: value / norm for key, value in downhill.items()}
             if step == 0:
                 length = self._first_length(unit)
             total = {key: total[key] + length * unit[key] for key in total}
@@ -135,7 +136,7 @@ def moved(model: PeftModel, space: LoRASpace, direction: Direction) -> Iterator[
 
 
 @torch.inference_mode()
-def _log_probs(model: PeftModel, batch) -> Tensor:
+def _log_probs(model: PeftModel, batch: Batch) -> Tensor:
     return torch.log_softmax(label_logits(model, batch), dim=-1)
 
 
