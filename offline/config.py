@@ -125,7 +125,7 @@ class SteeringConfig:
     `steps`: gradient steps from θ0, 0 for the unprojected atom. `tokens`: of each response, those that carry the loss.
     """
 
-    steps: int = 6
+    steps: int = 4
     documents: int = 32
     tokens: int = 12
     reference_documents: int = 192

@@ -79,7 +79,7 @@ def discover(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Gradient steps on an atom's documents that make its direction, 0: the unprojected atom; default: 6.",
+            help="Gradient steps on an atom's documents that make its direction, 0: the unprojected atom; default: 4.",
             show_default=False,
         ),
     ] = None,

@@ -76,6 +76,24 @@ def length_of(direction) -> float:
     return math.sqrt(sum(float(value.square().sum()) for value in direction.values()))
 
 
+def at_right_angles(gradient, shared) -> dict[str, torch.Tensor]:
+    """−gradient without its part along `shared`, from all numbers as one vector."""
+    g, s = (torch.cat([tensors[key].flatten() for key in gradient]) for tensors in (gradient, shared))
+    left = -(g - s * torch.linalg.lstsq(s[:, None], g[:, None]).solution[0])
+    parts = left.split([value.numel() for value in gradient.values()])
+    return {key: part.view_as(gradient[key]) for key, part in zip(gradient, parts, strict=True)}
+
+
+def test_a_step_leaves_what_all_documents_share_as_it_is(tiny_lora) -> None:
+    model, space = tiny_lora
+    maker = PathMaker.of(model, space, POOL, SteeringConfig(steps=1, tokens=4, reference_documents=6), 64)
+    step = maker.direction(POOL[:2])
+    along = sum(float((step[key] * maker.shared[key]).sum()) for key in step)
+    assert abs(along) < 1e-4 * length_of(step) * length_of(maker.shared)
+    own = plain_gradient(model, space, prepared(POOL[:2], POOL, 4, 4))
+    assert sum(float((step[key] * own[key]).sum()) for key in step) < 0, "the documents became no likelier"
+
+
 def test_a_path_is_a_loop_of_equal_steps_against_the_gradient(tiny_lora) -> None:
     model, space = tiny_lora
     config = SteeringConfig(steps=3, documents=4, tokens=4, reference_documents=6)
@@ -90,7 +108,7 @@ def test_a_path_is_a_loop_of_equal_steps_against_the_gradient(tiny_lora) -> None
         for key, value in start.items():
             lora_linear(model, key).weight.data = value + expected[key]
         gradient = plain_gradient(model, space, given)
-        down = {key: shared[key] - gradient[key] for key in gradient}
+        down = at_right_angles(gradient, shared)
         if length is None:  # the length is the code's own: that it costs what it should is the next test
             length = maker._first_length({key: value / length_of(down) for key, value in down.items()})
         expected = {key: expected[key] + length * down[key] / length_of(down) for key in down}
