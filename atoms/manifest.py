@@ -78,13 +78,14 @@ class Orientation(_Frozen):
 
 
 class Effect(_Frozen):
-    """Detector rate over `n` prompts unsteered and at `coefficient`."""
+    """Detector rate over `n` prompts unsteered and at `coefficient`, of answers at `temperature` (0: greedy)."""
 
     detector: str
     coefficient: float
     n: int
     rate_unsteered: float
     rate: float
+    temperature: float = 0.0
 
 
 class AtomCard(_Frozen):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from atoms.detectors import get_detector
 from atoms.package import Package
-from offline.evaluation.answers import Answerer
+from offline.evaluation.answers import Answerer, Decoding
 from offline.evaluation.measures import degenerate_share, outcomes
 from offline.evaluation.prompts import demo_data, read_prompts
 from offline.evaluation.statistics import wilson_interval
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, progress: Progress) -> list[dict]:
     )
     heldout = [row for row in read_prompts(options.prompts) if row.split == "heldout"]
     results: list[dict] = []
-    answerer = Answerer(engine, package.digest, options.max_tokens)
+    answerer = Answerer(engine, package.digest, Decoding(options.max_tokens))
     try:
         with progress.task("answers", len(names) * len(COEFFICIENTS), "cells") as bar:
             for name in names:

@@ -17,6 +17,7 @@ from atoms.space import Direction
 from atoms.storage import canonical_hash, sha256_file, write_bytes, write_json, write_tensors
 from clients.harness import TABLE_WIDTH, open_harness
 from offline.evaluation import figures
+from offline.evaluation.answers import Decoding
 from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.evaluate import evaluate, goals_of
 from offline.evaluation.prompts import demo_data, read_prompts
@@ -48,7 +49,7 @@ class Labelled:
 
 
 def run_evaluate(
-    path: Path, config: EvaluateConfig, *, prompts: Path | None, out: Path | None, max_tokens: int, options: EngineOptions,
+    path: Path, config: EvaluateConfig, *, prompts: Path | None, out: Path | None, decoding: Decoding, options: EngineOptions,
     labelled: Labelled | None = None, write_cards: bool = False, plots: bool = True, quiet: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluates, or resumes in `out` (default: beside the package), and writes evaluation.json, .csv and figures there."""
@@ -58,7 +59,7 @@ def run_evaluate(
     prompts = prompts or demo_data("evaluation_prompts")
     work = out or path.with_name(path.name + ".evaluation")
     supervised = _supervised(package, config, prompts, labelled, work, options, progress) if labelled else {}
-    with open_harness(package, work, max_tokens, options) as harness:
+    with open_harness(package, work, decoding, options) as harness:
         evaluation = evaluate(harness, prompts, config, work, progress, supervised)
     write_json(work / "evaluation.json", evaluation.as_json())
     write_bytes(work / "evaluation.csv", to_csv(table_rows(evaluation)).encode())

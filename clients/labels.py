@@ -8,7 +8,7 @@ from pathlib import Path
 
 from atoms.errors import DataError
 from atoms.package import Package
-from offline.evaluation.answers import Answerer
+from offline.evaluation.answers import Answerer, Decoding
 from offline.evaluation.cards import measure_cards, name_by_effect
 from offline.evaluation.prompts import demo_data, read_prompts
 from offline.progress import Progress
@@ -36,7 +36,7 @@ def label_from_detectors(
     try:
         total = len(prompts) * (1 + len(package.manifest.atoms) * len(coefficients))
         with progress.task("measure effects", total, "answers") as bar:
-            answerer = Answerer(engine, package.digest, max_tokens)
+            answerer = Answerer(engine, package.digest, Decoding(max_tokens))
             cards = measure_cards(package, answerer, prompts, coefficients, bar.advance)
     finally:
         engine.close()

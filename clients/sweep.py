@@ -15,6 +15,7 @@ from atoms.package import Package
 from atoms.storage import write_bytes
 from clients.harness import TABLE_WIDTH, open_harness
 from offline.evaluation import figures
+from offline.evaluation.answers import Decoding
 from offline.evaluation.prompts import demo_data, read_prompts, read_text
 from offline.evaluation.results import to_csv
 from offline.evaluation.sweep import SweepRow, grid, lines, sweep, table_rows, to_parquet
@@ -26,7 +27,7 @@ _SHOWN_DETECTORS = 5
 
 def run_sweep(
     path: Path, *, atoms: Sequence[str], coefficients: Sequence[float], combine: bool, mixes: Sequence[str],
-    prompts: Sequence[str], detectors: Sequence[str], max_tokens: int, kl_prompts: int, out: Path | None,
+    prompts: Sequence[str], detectors: Sequence[str], decoding: Decoding, kl_prompts: int, out: Path | None,
     options: EngineOptions, allow_out_of_range: bool = False, plots: bool = True, quiet: bool = False,
 ) -> list[SweepRow]:  # fmt: skip
     """Sweeps, or resumes in `out` (default: beside the package), and writes sweep.csv, sweep.parquet and figures there.
@@ -42,7 +43,7 @@ def run_sweep(
             package.check_range(mix)
     names = [get_detector(name).name for name in detectors] or list(DETECTORS)
     work = out or path.with_name(path.name + ".sweep")
-    with open_harness(package, work, max_tokens, options) as harness:
+    with open_harness(package, work, decoding, options) as harness:
         rows = sweep(harness, prompts, chosen, names, kl_prompts, Progress(quiet=quiet))
     flat = table_rows(rows)
     write_bytes(work / "sweep.csv", to_csv(flat).encode())

@@ -180,6 +180,7 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
     """Everything that the template shows of one atom. `drift` is M_jj, twice the predicted KL at ±1."""
     orientation, coherence = card.orientation, card.coherence
     effects = [{"detector": e.detector, "coefficient": e.coefficient, "before": e.rate_unsteered, "after": e.rate, "n": e.n,
+                "temperature": e.temperature,
                 **dict(zip(("low", "high"), _interval(e.rate, e.n), strict=True))}
                for e in sorted(card.effects, key=lambda e: (-abs(_change(e)), e.detector, e.coefficient))]  # fmt: skip
     best = max(card.effects, key=lambda e: abs(_change(e)), default=None)

@@ -29,6 +29,8 @@ def evaluate(
     dev_prompts: Annotated[int | None, typer.Option(help="Development prompts a goal; default: all.")] = None,
     heldout_prompts: Annotated[int | None, typer.Option(help="Held-out prompts a goal; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 48,
+    temperature: Annotated[float, typer.Option(help="Temperature of the answers; 0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Top-p of sampled answers.")] = 1.0,
     kl_prompts: Annotated[int, typer.Option(help="Prompts along whose answers KL is measured.")] = 24,
     random_controls: Annotated[int, typer.Option(help="Random directions of equal KL a goal.")] = 1,
     data: Annotated[
@@ -49,7 +51,7 @@ def evaluate(
         bool, typer.Option("--write-cards", help="Write the held-out effects into the package's cards.")
     ] = False,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No figures; matplotlib is not needed then.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the controls.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the controls and of sampled answers.")] = 0,
     slots: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 32,
     model: ModelOption = None,
     device: DeviceOption = "auto",
@@ -59,6 +61,7 @@ def evaluate(
     """Measure atoms on held-out prompts against controls of equal KL. Run again after a stop: it resumes."""
     quiet_libraries()
     from clients.evaluate import Labelled, parse_labels, run_evaluate
+    from offline.evaluation.answers import Decoding
     from offline.evaluation.config import EvaluateConfig
     from server.embedded.load import EngineOptions
 
@@ -72,8 +75,8 @@ def evaluate(
     if label and not data:
         raise typer.BadParameter("--label names labels of --data; give that too")
     run_evaluate(
-        package, config, prompts=prompts, out=out, max_tokens=max_tokens, labelled=labelled, write_cards=write_cards,
-        plots=not no_plots, quiet=quiet,
+        package, config, prompts=prompts, out=out, decoding=Decoding(max_tokens, temperature, top_p, seed), labelled=labelled,
+        write_cards=write_cards, plots=not no_plots, quiet=quiet,
         options=EngineOptions(model=model, device=device, dtype=dtype, slots=slots),
     )  # fmt: skip
 
@@ -99,12 +102,15 @@ def sweep(
     limit: Annotated[int | None, typer.Option(min=1, help="Most prompts.")] = None,
     detectors: Annotated[str, typer.Option(help="Detectors, comma separated; default: all.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 48,
+    temperature: Annotated[float, typer.Option(help="Temperature of the answers; 0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Top-p of sampled answers.")] = 1.0,
     kl_prompts: Annotated[int, typer.Option(min=1, help="Prompts along whose answers KL is measured.")] = 24,
     allow_out_of_range: Annotated[
         bool, typer.Option("--allow-out-of-range", help="Allow coefficients beyond an atom's tested range.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Results and kept answers; default: PKG.sweep.")] = None,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No figures; matplotlib is not needed then.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
     slots: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 32,
     model: ModelOption = None,
     device: DeviceOption = "auto",
@@ -114,12 +120,13 @@ def sweep(
     """Answer prompts under many mixes and measure each: detectors, length, KL, perplexity. Resumes after a stop."""
     quiet_libraries()
     from clients.sweep import run_sweep, sweep_prompts
+    from offline.evaluation.answers import Decoding
     from server.embedded.load import EngineOptions
 
     run_sweep(
         package, atoms=names(atoms), coefficients=numbers(coefficients), combine=combine, mixes=mix or [],
         prompts=sweep_prompts(prompts, texts, names(behaviours), kind, split, limit), detectors=names(detectors),
-        max_tokens=max_tokens, kl_prompts=kl_prompts, out=out, allow_out_of_range=allow_out_of_range,
-        plots=not no_plots, quiet=quiet,
+        decoding=Decoding(max_tokens, temperature, top_p, seed), kl_prompts=kl_prompts, out=out,
+        allow_out_of_range=allow_out_of_range, plots=not no_plots, quiet=quiet,
         options=EngineOptions(model=model, device=device, dtype=dtype, slots=slots),
     )  # fmt: skip

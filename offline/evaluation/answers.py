@@ -1,7 +1,7 @@
-"""Free-running answers: greedy, batched over prompts and mixes, and each generated only once.
+"""Free-running answers: batched over prompts and mixes, and each generated only once.
 
 Takes any `Engine`; knows no package, detector or statistic. What a mix means is the business of `digest`, which names a
-mix's weights: an answer in the log stands for (digest, prompt, max_tokens, dtype).
+mix's weights: an answer in the log stands for (digest, prompt, decoding, dtype).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoms.engine import Engine, FinishReason, GenerationRequest, SamplingParams
-from atoms.errors import DataError
+from atoms.errors import ConfigError, DataError
 from atoms.mix import Mix
 from atoms.storage import canonical_hash, storage_errors
 
@@ -22,8 +22,41 @@ _BATCH = 128
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are decoded: `temperature` 0 is greedy.
+
+    Sampled answers to a prompt are drawn with a seed that depends on `seed` and the prompt alone, so mixes are compared
+    with the same random numbers. Raises ConfigError for values outside what the API takes.
+    """
+
+    max_tokens: int = 48
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"temperature is {self.temperature}; it must be within 0 (greedy) and 2")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: off)")
+
+    def sampling(self, prompt: str) -> SamplingParams:
+        """The sampling parameters of an answer to `prompt`."""
+        if self.temperature == 0:
+            return SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
+        own = int(canonical_hash([prompt, self.seed])[:8], 16)
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, seed=own)
+
+    def identity(self) -> list[float]:
+        """What tells its answers from others: nothing but the length of greedy ones, whose seed and top_p do not matter."""
+        return [self.max_tokens, *([self.temperature, self.top_p, self.seed] if self.temperature else [])]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """One greedy answer. `token_ids` includes the end token, if the answer ended by itself."""
+    """`token_ids` includes the end token, if the answer ended by itself."""
 
     prompt: str
     mix: Mix
@@ -86,13 +119,12 @@ class Answerer:
         self,
         engine: Engine,
         digest: Callable[[Mix], str],
-        max_tokens: int,
+        decoding: Decoding,
         log: AnswerLog | None = None,
         identity: str = "",
     ) -> None:
-        self.max_tokens = max_tokens
+        self.decoding = decoding
         self._engine, self._digest, self._log, self._identity = engine, digest, log, identity
-        self._sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
 
     def answer(
         self, prompts: Sequence[str], mixes: Sequence[Mix], advance: Callable[[int], None] = lambda _: None
@@ -128,7 +160,12 @@ class Answerer:
 
     def _generate(self, chunk: Sequence[tuple[str, tuple[str, Mix]]]) -> dict[str, Answer]:
         requests = [
-            GenerationRequest(key, self._engine.encode_chat([{"role": "user", "content": prompt}]), mix, self._sampling)
+            GenerationRequest(
+                key,
+                self._engine.encode_chat([{"role": "user", "content": prompt}]),
+                mix,
+                self.decoding.sampling(prompt),
+            )
             for key, (prompt, mix) in chunk
         ]
         answers = {
@@ -145,4 +182,4 @@ class Answerer:
                 "finish_reason": answer.finish_reason}  # fmt: skip
 
     def _key(self, prompt: str, mix: Mix) -> str:
-        return canonical_hash([self._digest(mix), prompt, self.max_tokens, self._identity])
+        return canonical_hash([self._digest(mix), prompt, *self.decoding.identity(), self._identity])

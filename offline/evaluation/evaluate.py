@@ -100,7 +100,7 @@ def _facts(harness: Harness, prompts_file: Path, config: EvaluateConfig) -> dict
                     "base_model": Path(manifest.base_model.id).name, "composition": harness.package.composition},
         "prompts": {"file": prompts_file.name, "sha256": sha256_file(prompts_file)},
         "config": jsonable(dataclasses.asdict(config)),
-        "max_tokens": harness.answerer.max_tokens,
+        "decoding": dataclasses.asdict(harness.answerer.decoding),
         "dtype": harness.dtype,
         "versions": versions(),
     }  # fmt: skip

@@ -18,7 +18,7 @@ from atoms.package import Package
 from atoms.steered import SteeredModel
 from offline.calibrate import DriftMeter, make_batches, within_logits
 from offline.corpus import EncodedDocument
-from offline.evaluation.answers import Answer, Answerer, AnswerLog
+from offline.evaluation.answers import Answer, Answerer, AnswerLog, Decoding
 from offline.evaluation.directions import Directions
 from offline.gradients import label_logits, sum_losses
 from offline.progress import Progress
@@ -36,13 +36,13 @@ class Harness:
     """
 
     def __init__(
-        self, engine: Engine, model: PreTrainedModel, directions: Directions, max_tokens: int,
+        self, engine: Engine, model: PreTrainedModel, directions: Directions, decoding: Decoding,
         log: AnswerLog | None = None, batch_tokens: int = 2048,
     ) -> None:  # fmt: skip
         self.package: Package = directions.package
         self.directions, self.batch_tokens = directions, batch_tokens
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self.answerer = Answerer(engine, directions.digest, max_tokens, log, self.dtype)
+        self.answerer = Answerer(engine, directions.digest, decoding, log, self.dtype)
         self._engine = engine
         self._steered = SteeredModel(model, self.package.base_adapter.space, 1)
 

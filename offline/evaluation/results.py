@@ -168,7 +168,9 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> list[AtomCard]:
-    """Cards in which the held-out results replace what stood there for the same detector and coefficient."""
+    """Cards in which the held-out results replace what stood there for the same detector and coefficient, or for the
+    detector at another temperature: a card's rates of one detector make one curve."""
+    temperature = float(evaluation.facts["decoding"]["temperature"])
     measured: dict[str, list[Effect]] = {}
     for result in evaluation.goals:
         unsteered, atom = result.condition(UNSTEERED), result.condition(ATOM)
@@ -178,7 +180,7 @@ def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> lis
         side = {c: rate for c, rate in sorted(points.items()) if c * result.choice.coefficient > 0}
         measured.setdefault(result.choice.atom, []).extend(
             Effect(detector=result.goal.behaviour, coefficient=c, n=rate.n, rate_unsteered=unsteered.rate.share,
-                   rate=rate.share)
+                   rate=rate.share, temperature=temperature)
             for c, rate in side.items()
         )  # fmt: skip
     return [card.model_copy(update={"effects": _merged(card.effects, measured.get(card.id, []))}) for card in cards]
@@ -186,4 +188,10 @@ def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> lis
 
 def _merged(old: Sequence[Effect], new: Sequence[Effect]) -> list[Effect]:
     replaced = {(effect.detector, effect.coefficient) for effect in new}
-    return [effect for effect in old if (effect.detector, effect.coefficient) not in replaced] + list(new)
+    ways = {effect.detector: effect.temperature for effect in new}
+    kept = [
+        effect for effect in old
+        if (effect.detector, effect.coefficient) not in replaced
+        and effect.temperature == ways.get(effect.detector, effect.temperature)
+    ]  # fmt: skip
+    return [*kept, *new]

@@ -22,6 +22,7 @@ from atoms.mix import Mix
 from atoms.package import Package
 from atoms.storage import sha256_file
 from clients.harness import open_harness
+from offline.evaluation.answers import Decoding
 from offline.evaluation.prompts import demo_data
 from server.embedded.load import EngineOptions, load_package
 from server.embedded.packing import can_pack
@@ -65,7 +66,7 @@ def test_the_harness_runs_what_a_server_runs(package: Package, tmp_path: Path) -
     ]
     packs = can_pack(served.engine._batcher._model)
     served.engine.close()
-    with open_harness(package, tmp_path, 12, options) as harness:
+    with open_harness(package, tmp_path, Decoding(12), options) as harness:
         answers = harness.answerer.answer(["Name a river."], mixes)
         weights = [module.weight.numel() for module in harness._steered.model.modules() if type(module) is nn.Linear]
     assert [row[0].token_ids for row in answers] == expected
@@ -78,6 +79,36 @@ def test_evaluate_again_reads_its_answers(cli: Cli, package: Package, tmp_path: 
     first = [(tmp_path / "out" / name).read_bytes() for name in ("answers.jsonl", "evaluation.json")]
     assert cli(*order)[0] == 0
     assert [(tmp_path / "out" / name).read_bytes() for name in ("answers.jsonl", "evaluation.json")] == first
+
+
+def test_sampled_answers_come_from_the_engine_as_a_request_would_get_them(
+    cli: Cli, package: Package, tmp_path: Path
+) -> None:
+    status, _, _ = cli("evaluate", package.path, "--behaviours", "yes-no", "--goals", "up", "--out", tmp_path / "out",
+                       "--temperature", 0.8, "--top-p", 0.9, "--seed", 3, "--no-plots", *FEW)  # fmt: skip
+    assert status == 0
+    decoding = {"max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["decoding"] == decoding
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    kept = next(answer for answer in answers if not answer["coefficients"])
+    options = EngineOptions(dtype="float32", device="cpu", slots=8)
+    with open_harness(package, tmp_path / "other", Decoding(**decoding), options) as harness:
+        ((again,),) = harness.answerer.answer([kept["prompt"]], [Mix()])
+    with open_harness(package, tmp_path / "greedy", Decoding(6), options) as harness:
+        greedy = harness.answerer.answer(list(dict.fromkeys(a["prompt"] for a in answers)), [Mix()])[0]
+    assert list(again.token_ids) == kept["token_ids"], "a seed makes a sampled answer repeatable"
+    unsteered = {a["prompt"]: a["token_ids"] for a in answers if not a["coefficients"]}
+    assert any(unsteered[a.prompt] != list(a.token_ids) for a in greedy if a.prompt in unsteered)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_a_temperature_that_no_request_may_have_is_refused(
+    cli: Cli, package: Package, tmp_path: Path, command: str
+) -> None:
+    given = ("--atoms", package.manifest.atoms[0].id, "--coefficients", "1") if command == "sweep" else ()
+    status, _, error = cli(command, package.path, *given, "--temperature", 3, "--out", tmp_path / "out")
+    assert status != 0 and "temperature is 3.0; it must be within 0 (greedy) and 2" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_killed_evaluation_goes_on(package: Package, tmp_path: Path) -> None:

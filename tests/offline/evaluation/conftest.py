@@ -13,7 +13,7 @@ from atoms.engine import Generation, GenerationRequest
 from atoms.mix import Mix
 from atoms.model import encode_prompt, merge_adapter
 from atoms.package import Package
-from offline.evaluation.answers import AnswerLog
+from offline.evaluation.answers import AnswerLog, Decoding
 from offline.evaluation.directions import Directions
 from offline.evaluation.harness import Harness
 
@@ -58,7 +58,7 @@ def scripted(
 
     def make(script: Script, log: AnswerLog | None = None) -> tuple[Harness, ScriptedAnswers]:
         engine = ScriptedAnswers(tiny_tokenizer, script)
-        harness = Harness(engine, merged_tiny, Directions(tiny_package), 16, log)  # type: ignore[arg-type]
+        harness = Harness(engine, merged_tiny, Directions(tiny_package), Decoding(16), log)  # type: ignore[arg-type]
         opened.append(harness)
         return harness, engine
 

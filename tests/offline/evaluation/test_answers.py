@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from atoms.engine import Generation
-from atoms.errors import DataError, StorageError
+from atoms.engine import Generation, SamplingParams
+from atoms.errors import ConfigError, DataError, StorageError
 from atoms.mix import Mix
-from offline.evaluation.answers import Answerer, AnswerLog
+from offline.evaluation.answers import Answerer, AnswerLog, Decoding
 
 STEERED = Mix.of({"a-00000001": 1.0})
 
@@ -24,12 +24,14 @@ class Echo:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.sampling: dict[str, SamplingParams] = {}
 
     def encode_chat(self, messages):
         return tuple(messages[-1]["content"].encode())
 
     def generate(self, requests):
         self.asked += [request.request_id for request in requests]
+        self.sampling |= {bytes(r.prompt_token_ids).decode() + str(dict(r.mix)): r.sampling for r in requests}
         return [Generation(r.request_id, f"{bytes(r.prompt_token_ids).decode()} {dict(r.mix)} {r.sampling.max_tokens}", (1, 2), "stop")
                 for r in requests]  # fmt: skip
 
@@ -38,8 +40,8 @@ def digest(mix: Mix) -> str:
     return str(mix.steps)
 
 
-def answerer(engine: Echo, log: AnswerLog | None, max_tokens: int = 8, identity: str = "float32") -> Answerer:
-    return Answerer(engine, digest, max_tokens, log, identity)  # type: ignore[arg-type]
+def answerer(engine: Echo, log: AnswerLog | None, identity: str = "float32", **decoding) -> Answerer:
+    return Answerer(engine, digest, Decoding(**{"max_tokens": 8} | decoding), log, identity)  # type: ignore[arg-type]
 
 
 def test_answers_come_in_order_and_once(tmp_path: Path) -> None:
@@ -60,12 +62,55 @@ def test_a_second_run_asks_for_nothing(tmp_path: Path) -> None:
     assert engine.asked == []
 
 
-@pytest.mark.parametrize("change", [{"max_tokens": 9}, {"identity": "bfloat16"}], ids=["max_tokens", "dtype"])
+@pytest.mark.parametrize(
+    "change",
+    [{"max_tokens": 9}, {"identity": "bfloat16"}, {"temperature": 0.7}],
+    ids=["max_tokens", "dtype", "temperature"],
+)
 def test_another_setting_is_another_answer(tmp_path: Path, change: dict) -> None:
     answerer(Echo(), AnswerLog(tmp_path / "log.jsonl")).answer(["p"], [Mix()])
     engine = Echo()
     answerer(engine, AnswerLog(tmp_path / "log.jsonl"), **change).answer(["p"], [Mix()])
     assert len(engine.asked) == 1
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.8}, {"top_p": 0.9}, {"seed": 1}], ids=lambda c: next(iter(c)))
+def test_another_way_of_sampling_is_another_answer(tmp_path: Path, change: dict) -> None:
+    sampled = {"temperature": 0.7, "top_p": 0.95, "seed": 0}
+    answerer(Echo(), AnswerLog(tmp_path / "log.jsonl"), **sampled).answer(["p"], [Mix()])
+    engine = Echo()
+    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), **sampled | change).answer(["p"], [Mix()])
+    assert len(engine.asked) == 1
+
+
+def test_greedy_answers_have_neither_seed_nor_top_p(tmp_path: Path) -> None:
+    answerer(Echo(), AnswerLog(tmp_path / "log.jsonl")).answer(["p"], [Mix()])
+    engine = Echo()
+    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), top_p=0.5, seed=7).answer(["p"], [Mix()])
+    assert engine.asked == []
+
+
+def test_a_prompt_is_sampled_with_one_seed_under_every_mix() -> None:
+    engine = Echo()
+    answerer(engine, None, temperature=0.7, top_p=0.95).answer(["p", "q"], [Mix(), STEERED])
+    plain, other = engine.sampling[f"p{dict(Mix())}"], engine.sampling[f"q{dict(Mix())}"]
+    assert engine.sampling[f"p{dict(STEERED)}"] == plain
+    assert plain.seed != other.seed
+    assert (plain.temperature, plain.top_p) == (0.7, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"temperature": -0.1}, "temperature is -0.1; it must be within 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+    ],
+)
+def test_a_decoding_that_cannot_be_is_refused(change: dict, limit: str) -> None:
+    with pytest.raises(ConfigError, match=limit):
+        Decoding(**change)
 
 
 def test_a_torn_line_is_dropped_and_asked_for_again(tmp_path: Path) -> None:
@@ -103,7 +148,7 @@ class Slow:
         time.sleep(0.05)
         print(len(requests), flush=True)
         return [Generation(r.request_id, "text", (1,), "stop") for r in requests]
-answers.Answerer(Slow(), str, 8, answers.AnswerLog(__import__("pathlib").Path(sys.argv[1]))).answer([str(n) for n in range(400)], [Mix()])
+answers.Answerer(Slow(), str, answers.Decoding(8), answers.AnswerLog(__import__("pathlib").Path(sys.argv[1]))).answer([str(n) for n in range(400)], [Mix()])
 """
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from atoms.errors import ConfigError, DataError, UnknownAtomError, UnknownDetectorError
+from atoms.manifest import Effect
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.storage import sha256_file
@@ -210,6 +211,12 @@ def test_results_are_flat_rows_and_card_entries(
     assert cards[1:] == tiny_package.manifest.atoms[1:]
     twice = cards_with_effects(cards, evaluation)
     assert twice == cards, "the same results again must not pile up"
+    sampled = dataclasses.replace(evaluation, facts={**evaluation.facts, "decoding": {"temperature": 0.7}})
+    other = Effect(detector="yes-no", coefficient=2.0, n=9, rate_unsteered=0, rate=1)
+    mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other]}), *cards[1:]]
+    assert {(e.detector, e.temperature) for e in cards_with_effects(mixed, sampled)[0].effects} == {
+        ("bulleted-list", 0.7), ("yes-no", 0.0)
+    }, "a curve of one detector is of one temperature"  # fmt: skip
 
 
 @pytest.mark.parametrize(
