@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from types import MappingProxyType
 
 from atoms.errors import UnknownDetectorError
@@ -503,6 +503,7 @@ _LOOP_SHARE = 0.5
 _MIN_WORD_REPEATS = 4
 _MIN_LINE_REPEATS = 3
 _MIN_GRAM_REPEATS = 3
+_MIN_EMPTY_BLOCKS = 2
 _GRAM = 4
 _DIVERSITY_FROM_WORDS = 20
 _MIN_DISTINCT_SHARE = 0.25
@@ -538,6 +539,14 @@ def _loops_in_letters(text: str) -> bool:
     return longest > _LOOP_SHARE * len(text)
 
 
+def _loops_in_fences(lines: list[str]) -> bool:
+    """Code block after code block with nothing in it. A block closes at the next fence, or at the end."""
+    fences = [place for place, line in enumerate(lines) if line.startswith("```")]
+    blocks = list(zip_longest(fences[::2], fences[1::2], fillvalue=len(lines)))
+    empty = sum(close == start + 1 for start, close in blocks)
+    return empty >= _MIN_EMPTY_BLOCKS and empty > _LOOP_SHARE * len(blocks)
+
+
 def is_degenerate(response: str) -> bool:
     """Whether the response is empty or stuck in a loop, and so is no answer whatever its form."""
     text = response.strip().lower()
@@ -546,7 +555,10 @@ def is_degenerate(response: str) -> bool:
         return True
     if len(words) >= _DIVERSITY_FROM_WORDS and len(set(words)) < _MIN_DISTINCT_SHARE * len(words):
         return True
-    return _loops_in_letters(text) or _loops_in_words(words) or _loops_in_lines(_lines(text)) or _loops_in_grams(words)
+    lines = _lines(text)
+    if _loops_in_letters(text) or _loops_in_words(words) or _loops_in_lines(lines) or _loops_in_grams(words):
+        return True
+    return _loops_in_fences(lines)
 
 
 # --- refusals -------------------------------------------------------------------------------------

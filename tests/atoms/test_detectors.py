@@ -375,6 +375,8 @@ DEGENERATE = [
     "=" * 3 + "a" * 60,
     "one two three one two three one two three one two three one two three one two three one two three",
     "- apples\n" * 5,
+    "Here is the code:\n```\n```\n```python\n```",
+    "```python\n```\n\n```html\n```\n\n```css",
 ]
 HEALTHY = [
     "Paris.",
@@ -385,6 +387,8 @@ HEALTHY = [
     "Row, row, row your boat gently down the stream.",
     "1. Wash the apples.\n2. Peel the apples.\n3. Slice the apples.\n4. Eat the apples.",
     "```python\nfor i in range(3):\n        print(i)\n```",
+    "```\n```\nor:\n```python\nprint(1)\n```",
+    "First:\n```sh\nls\n```\n```python\nprint(1)\n```\n```css",
     '{"a": 1, "b": 2}',
     "The museum opens at ten. The cafe opens at nine. Both close at six, and on Mondays the museum stays shut.",
     "Name\n----------\nTom and his brother live here",
