@@ -92,8 +92,10 @@ def parse_labels(texts: list[str]) -> dict[str, str]:
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """One row a goal and condition; changes in points with 95% intervals."""
-    table = Table(title=f"prompts {evaluation.facts['prompts']['file']}, "
-                  f"sha256 {evaluation.facts['prompts']['sha256'][:16]}", title_justify="left")  # fmt: skip
+    prompts, decoding = evaluation.facts["prompts"], Decoding(**evaluation.facts["decoding"])
+    table = Table(
+        title=f"prompts {prompts['file']}, sha256 {prompts['sha256'][:16]}; answers {decoding}", title_justify="left"
+    )
     for heading in ("goal", "condition", "n", "rate", "change", "p (Holm)", "atom beyond it", "KL", "predicted",
                     "perplexity", "degenerate", "tokens"):  # fmt: skip
         table.add_column(heading, justify="left" if heading in ("goal", "condition") else "right")

@@ -50,7 +50,7 @@ def run_sweep(
     write_bytes(work / "sweep.parquet", to_parquet(flat))
     if plots:
         _save_figures(rows, package, atoms, names, combine, work)
-    Console(width=max(TABLE_WIDTH, Console().width)).print(sweep_table(rows, detectors or moving(rows)))
+    Console(width=max(TABLE_WIDTH, Console().width)).print(sweep_table(rows, detectors or moving(rows), decoding))
     print(f"{work}: sweep.csv, sweep.parquet, {len(prompts)} prompts, {len(rows)} mixes")
     return rows
 
@@ -94,10 +94,10 @@ def sweep_prompts(
     return [row.prompt for row in rows][:limit]
 
 
-def sweep_table(rows: Sequence[SweepRow], detectors: Sequence[str]) -> Table:
+def sweep_table(rows: Sequence[SweepRow], detectors: Sequence[str], decoding: Decoding) -> Table:
     """One row a mix: rates of `detectors` with 95% intervals, and what the mix costs."""
     form = rows[0].rates[detectors[0]]
-    table = Table(title=f"{form.n} prompts; rates with 95% intervals", title_justify="left")
+    table = Table(title=f"{form.n} prompts, answers {decoding}; rates with 95% intervals", title_justify="left")
     table.add_column("mix", no_wrap=True)
     for heading in (*detectors, "KL", "predicted", "perplexity", "degenerate", "tokens"):
         table.add_column(heading, justify="right")

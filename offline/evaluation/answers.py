@@ -49,6 +49,10 @@ class Decoding:
         own = int(canonical_hash([prompt, self.seed])[:8], 16)
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, seed=own)
 
+    def __str__(self) -> str:
+        top = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"temperature {self.temperature:g}{top}" if self.temperature else "greedy"
+
     def identity(self) -> list[float]:
         """What tells its answers from others: nothing but the length of greedy ones, whose seed and top_p do not matter."""
         return [self.max_tokens, *([self.temperature, self.top_p, self.seed] if self.temperature else [])]

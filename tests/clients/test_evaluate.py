@@ -84,9 +84,9 @@ def test_evaluate_again_reads_its_answers(cli: Cli, package: Package, tmp_path: 
 def test_sampled_answers_come_from_the_engine_as_a_request_would_get_them(
     cli: Cli, package: Package, tmp_path: Path
 ) -> None:
-    status, _, _ = cli("evaluate", package.path, "--behaviours", "yes-no", "--goals", "up", "--out", tmp_path / "out",
-                       "--temperature", 0.8, "--top-p", 0.9, "--seed", 3, "--no-plots", *FEW)  # fmt: skip
-    assert status == 0
+    status, out, _ = cli("evaluate", package.path, "--behaviours", "yes-no", "--goals", "up", "--out", tmp_path / "out",
+                         "--temperature", 0.8, "--top-p", 0.9, "--seed", 3, "--no-plots", *FEW)  # fmt: skip
+    assert status == 0 and "answers temperature 0.8, top-p 0.9" in out
     decoding = {"max_tokens": 6, "temperature": 0.8, "top_p": 0.9, "seed": 3}
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["decoding"] == decoding
     answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
