@@ -503,6 +503,7 @@ _LOOP_SHARE = 0.5
 _MIN_WORD_REPEATS = 4
 _MIN_LINE_REPEATS = 3
 _MIN_GRAM_REPEATS = 3
+_FENCE = re.compile(r"```[^`]*$")
 _MIN_EMPTY_BLOCKS = 2
 _GRAM = 4
 _DIVERSITY_FROM_WORDS = 20
@@ -540,11 +541,11 @@ def _loops_in_letters(text: str) -> bool:
 
 
 def _loops_in_fences(lines: list[str]) -> bool:
-    """Code block after code block with nothing in it. A block closes at the next fence, or at the end."""
-    fences = [place for place, line in enumerate(lines) if line.startswith("```")]
-    blocks = list(zip_longest(fences[::2], fences[1::2], fillvalue=len(lines)))
-    empty = sum(close == start + 1 for start, close in blocks)
-    return empty >= _MIN_EMPTY_BLOCKS and empty > _LOOP_SHARE * len(blocks)
+    """Code block after code block with nothing in it. A block closes at the next fence without a language, or at the end."""
+    fences = [(place, line) for place, line in enumerate(lines) if _FENCE.match(line)]
+    pairs = list(zip_longest(fences[::2], fences[1::2], fillvalue=(len(lines), "```")))
+    empty = sum(close == start + 1 and last == "```" for (start, _), (close, last) in pairs)
+    return empty >= _MIN_EMPTY_BLOCKS and empty > _LOOP_SHARE * len(pairs)
 
 
 def is_degenerate(response: str) -> bool:

@@ -54,6 +54,13 @@ class SamplingParams:
     grammar: Grammar | None = None
 
 
+def decoding_name(temperature: float, top_p: float = 1.0) -> str:
+    """How a report says that answers were decoded: "greedy", or "temperature 0.7, top-p 0.9"."""
+    if temperature == 0:
+        return "greedy"
+    return f"temperature {temperature:g}" + (f", top-p {top_p:g}" if top_p < 1 else "")
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to continue: prompt token ids, the (resolved) mix of its row, how to sample, and which tokens the mix

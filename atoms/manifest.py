@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoms.adapter import Composition
+from atoms.engine import decoding_name
 from atoms.storage import canonical_hash
 
 FORMAT_VERSION: Literal[1] = 1
@@ -78,14 +79,23 @@ class Orientation(_Frozen):
 
 
 class Effect(_Frozen):
-    """Detector rate over `n` prompts unsteered and at `coefficient`, of answers at `temperature` (0: greedy)."""
+    """Detector rate over `n` prompts unsteered and at `coefficient`. `temperature` 0: of greedy answers."""
 
     detector: str
     coefficient: float
     n: int
     rate_unsteered: float
     rate: float
-    temperature: float = 0.0
+    temperature: float = Field(default=0.0, exclude_if=lambda value: value == 0)  # older hashes must hold
+    top_p: float = Field(default=1.0, exclude_if=lambda value: value == 1)
+
+    def __str__(self) -> str:
+        decoding = "" if self.temperature == 0 else f" ({self.decoding})"
+        return f"{self.detector} {self.rate_unsteered:.0%} → {self.rate:.0%} at {self.coefficient:+g}{decoding}"
+
+    @property
+    def decoding(self) -> str:
+        return decoding_name(self.temperature, self.top_p)
 
 
 class AtomCard(_Frozen):

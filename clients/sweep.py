@@ -45,7 +45,7 @@ def run_sweep(
     work = out or path.with_name(path.name + ".sweep")
     with open_harness(package, work, decoding, options) as harness:
         rows = sweep(harness, prompts, chosen, names, kl_prompts, Progress(quiet=quiet))
-    flat = table_rows(rows)
+    flat = table_rows(rows, decoding)
     write_bytes(work / "sweep.csv", to_csv(flat).encode())
     write_bytes(work / "sweep.parquet", to_parquet(flat))
     if plots:

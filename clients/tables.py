@@ -37,5 +37,4 @@ def _effect(card: AtomCard) -> str:
     """The largest change of a detector's rate, with its coefficient."""
     if not card.effects:
         return "not measured"
-    best = max(card.effects, key=lambda e: abs(e.rate - e.rate_unsteered))
-    return f"{best.detector} {best.rate_unsteered:.0%} → {best.rate:.0%} at {best.coefficient:+g}"
+    return str(max(card.effects, key=lambda e: abs(e.rate - e.rate_unsteered)))

@@ -180,7 +180,7 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
     """Everything that the template shows of one atom. `drift` is M_jj, twice the predicted KL at ±1."""
     orientation, coherence = card.orientation, card.coherence
     effects = [{"detector": e.detector, "coefficient": e.coefficient, "before": e.rate_unsteered, "after": e.rate, "n": e.n,
-                "temperature": e.temperature,
+                "decoding": e.decoding,
                 **dict(zip(("low", "high"), _interval(e.rate, e.n), strict=True))}
                for e in sorted(card.effects, key=lambda e: (-abs(_change(e)), e.detector, e.coefficient))]  # fmt: skip
     best = max(card.effects, key=lambda e: abs(_change(e)), default=None)
@@ -203,9 +203,7 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
         "tested": _span(card.tested_range),
         "sound": _sound(card),
         "gain": abs(_change(best)) if best else 0.0,
-        "effect": f"{best.detector} {best.rate_unsteered:.0%} → {best.rate:.0%} at {best.coefficient:+g}"
-        if best
-        else "not measured",
+        "effect": str(best) if best else "not measured",
         "effects": effects,
         "null_svg": _null(card),
         "curve_svg": _curve(card, drift),
@@ -276,7 +274,9 @@ def _response(card: AtomCard) -> Markup | None:
         for c, rate, n in rates:
             bottom, top = _interval(rate, n)
             figure.rule(x(c) + shift, y(bottom), x(c) + shift, y(top), f"whisker s{number}")
-            told = element("title", f"{detector} {rate:.0%} [{bottom:.0%}, {top:.0%}] of {n} at {c:g}")
+            told = element(
+                "title", f"{detector} {rate:.0%} [{bottom:.0%}, {top:.0%}] of {n} at {c:g}, {mine[0].decoding}"
+            )
             figure.add("circle", told, cx=f"{x(c) + shift:.1f}", cy=f"{y(rate):.1f}", r=3.8, class_=f"mark s{number}")
         figure.text(40 + 100 * number, 15, _clip(detector, 15), "start", f"name s{number}")
     return figure.render()

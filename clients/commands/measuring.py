@@ -48,7 +48,11 @@ def evaluate(
         Path | None, typer.Option("--out", help="Results and kept answers; default: PKG.evaluation.")
     ] = None,
     write_cards: Annotated[
-        bool, typer.Option("--write-cards", help="Write the held-out effects into the package's cards.")
+        bool,
+        typer.Option(
+            "--write-cards",
+            help="Write the held-out effects into the package's cards, in place of those of other decodings.",
+        ),
     ] = False,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No figures; matplotlib is not needed then.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the controls and of sampled answers.")] = 0,

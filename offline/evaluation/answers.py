@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoms.engine import Engine, FinishReason, GenerationRequest, SamplingParams
+from atoms.engine import Engine, FinishReason, GenerationRequest, SamplingParams, decoding_name
 from atoms.errors import ConfigError, DataError
 from atoms.mix import Mix
 from atoms.storage import canonical_hash, storage_errors
@@ -41,6 +41,8 @@ class Decoding:
             raise ConfigError(f"temperature is {self.temperature}; it must be within 0 (greedy) and 2")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: off)")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ConfigError(f"top_p is {self.top_p}, but temperature 0 is greedy; give a temperature above 0 as well")
 
     def sampling(self, prompt: str) -> SamplingParams:
         """The sampling parameters of an answer to `prompt`."""
@@ -50,11 +52,10 @@ class Decoding:
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, seed=own)
 
     def __str__(self) -> str:
-        top = f", top-p {self.top_p:g}" if self.top_p < 1 else ""
-        return f"temperature {self.temperature:g}{top}" if self.temperature else "greedy"
+        return decoding_name(self.temperature, self.top_p)
 
     def identity(self) -> list[float]:
-        """What tells its answers from others: nothing but the length of greedy ones, whose seed and top_p do not matter."""
+        """What tells its answers from others: nothing but the length of greedy ones, which have no seed."""
         return [self.max_tokens, *([self.temperature, self.top_p, self.seed] if self.temperature else [])]
 
 

@@ -6,7 +6,7 @@ A goal is a behaviour to raise on neutral prompts or to lower on inviting ones. 
     2 control   directions that cost the same measured KL, along the unsteered answers to the held-out prompts
     3 report    unsteered, atom and controls on the held-out prompts, which nothing was chosen on
 
-Answers are greedy and kept in a log, control directions in files, so a stopped run goes on where it was.
+Answers are kept in a log, control directions in files, so a stopped run goes on where it was.
 """
 
 from __future__ import annotations

@@ -149,6 +149,7 @@ def table_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
                 "coefficient": result.choice.coefficient if result.choice and c.name == ATOM else None,
                 "n": c.rate.n, "count": c.rate.count, "rate": c.rate.share, "rate_low": c.rate.low, "rate_high": c.rate.high,
                 "kl": c.kl, "predicted_kl": c.predicted_kl, "perplexity": c.perplexity, **dataclasses.asdict(c.form),
+                **evaluation.facts["decoding"],
             }  # fmt: skip
             for prefix, comparison in (("change", c.to_unsteered), ("atom_beyond", c.atom_beyond)):
                 values = dataclasses.asdict(comparison) if comparison else {}
@@ -169,8 +170,8 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> list[AtomCard]:
     """Cards in which the held-out results replace what stood there for the same detector and coefficient, or for the
-    detector at another temperature: a card's rates of one detector make one curve."""
-    temperature = float(evaluation.facts["decoding"]["temperature"])
+    detector with another decoding: a card's rates of one detector make one curve."""
+    decoding = {key: evaluation.facts["decoding"][key] for key in ("temperature", "top_p")}
     measured: dict[str, list[Effect]] = {}
     for result in evaluation.goals:
         unsteered, atom = result.condition(UNSTEERED), result.condition(ATOM)
@@ -180,7 +181,7 @@ def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> lis
         side = {c: rate for c, rate in sorted(points.items()) if c * result.choice.coefficient > 0}
         measured.setdefault(result.choice.atom, []).extend(
             Effect(detector=result.goal.behaviour, coefficient=c, n=rate.n, rate_unsteered=unsteered.rate.share,
-                   rate=rate.share, temperature=temperature)
+                   rate=rate.share, **decoding)
             for c, rate in side.items()
         )  # fmt: skip
     return [card.model_copy(update={"effects": _merged(card.effects, measured.get(card.id, []))}) for card in cards]
@@ -188,10 +189,10 @@ def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> lis
 
 def _merged(old: Sequence[Effect], new: Sequence[Effect]) -> list[Effect]:
     replaced = {(effect.detector, effect.coefficient) for effect in new}
-    ways = {effect.detector: effect.temperature for effect in new}
+    decodings = {effect.detector: effect.decoding for effect in new}
     kept = [
         effect for effect in old
         if (effect.detector, effect.coefficient) not in replaced
-        and effect.temperature == ways.get(effect.detector, effect.temperature)
+        and effect.decoding == decodings.get(effect.detector, effect.decoding)
     ]  # fmt: skip
     return [*kept, *new]

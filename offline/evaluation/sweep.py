@@ -12,6 +12,7 @@ from atoms.detectors import get_detector
 from atoms.errors import ConfigError
 from atoms.mix import Mix
 from atoms.package import Package
+from offline.evaluation.answers import Decoding
 from offline.evaluation.harness import Harness
 from offline.evaluation.measures import Form, Rate, outcomes
 from offline.progress import Progress
@@ -77,8 +78,8 @@ def sweep(
     return rows
 
 
-def table_rows(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
-    """Flat rows with the same keys: the mix, a column an atom, the measures, and three columns a detector."""
+def table_rows(rows: Sequence[SweepRow], decoding: Decoding) -> list[dict[str, Any]]:
+    """Flat rows with the same keys: the mix, a column an atom, the measures, the decoding, and three columns a detector."""
     atoms = list(dict.fromkeys(atom for row in rows for atom in row.mix))
     return [
         {
@@ -86,6 +87,7 @@ def table_rows(rows: Sequence[SweepRow]) -> list[dict[str, Any]]:
             **{f"c:{atom}": row.mix.get(atom, 0.0) for atom in atoms},
             "n": next(iter(row.rates.values())).n,
             "kl": row.kl, "predicted_kl": row.predicted_kl, "perplexity": row.perplexity, **dataclasses.asdict(row.form),
+            **dataclasses.asdict(decoding),
             **{column: value for name, rate in row.rates.items()
                for column, value in ((name, rate.share), (f"{name}_low", rate.low), (f"{name}_high", rate.high))},
         }

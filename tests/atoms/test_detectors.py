@@ -389,6 +389,8 @@ HEALTHY = [
     "```python\nfor i in range(3):\n        print(i)\n```",
     "```\n```\nor:\n```python\nprint(1)\n```",
     "First:\n```sh\nls\n```\n```python\nprint(1)\n```\n```css",
+    "Run:\n```ls```\n```cd```\n```pwd```",
+    "````markdown\n```python\nprint(1)\n```\n````",
     '{"a": 1, "b": 2}',
     "The museum opens at ten. The cafe opens at nine. Both close at six, and on Mondays the museum stays shut.",
     "Name\n----------\nTom and his brother live here",

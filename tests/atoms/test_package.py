@@ -28,7 +28,7 @@ from atoms.errors import (
     UnknownAtomError,
     WrongBaseError,
 )
-from atoms.manifest import Manifest
+from atoms.manifest import Effect, Manifest
 from atoms.mix import Mix
 from atoms.package import Package, PackageContents, write_package
 
@@ -72,6 +72,18 @@ def test_what_is_written_is_read(contents: PackageContents, tiny_package: Packag
         assert torch.equal(read.bank.b[name], tiny_package.bank.b[name])
     assert read.evidence() == tiny_package.evidence()
     assert os.listdir(tmp_path) == ["copy"]
+
+
+def test_greedy_effects_are_written_as_older_packages_wrote_them(package: Package) -> None:
+    """Their seals must hold: what they lack is left out where it says nothing."""
+    greedy = Effect(detector="yes-no", coefficient=1.0, n=20, rate_unsteered=0.25, rate=0.5)
+    sampled = greedy.model_copy(update={"coefficient": 2.0, "temperature": 0.7})
+    first, *others = package.manifest.atoms
+    package.update([first.model_copy(update={"effects": [greedy, sampled]}), *others])
+    old, new = json.loads((package.path / "manifest.json").read_text())["atoms"][0]["effects"]
+    assert sorted(old) == ["coefficient", "detector", "n", "rate", "rate_unsteered"]
+    assert new["temperature"] == 0.7
+    assert Package.read(package.path).manifest.atoms[0].effects == [greedy, sampled]
 
 
 def test_ids_are_the_content_hashes_of_the_directions(tiny_package: Package) -> None:

@@ -107,7 +107,7 @@ def test_a_temperature_that_no_request_may_have_is_refused(
 ) -> None:
     given = ("--atoms", package.manifest.atoms[0].id, "--coefficients", "1") if command == "sweep" else ()
     status, _, error = cli(command, package.path, *given, "--temperature", 3, "--out", tmp_path / "out")
-    assert status != 0 and "temperature is 3.0; it must be within 0 (greedy) and 2" in error
+    assert status == 2 and "temperature is 3.0; it must be within 0 (greedy) and 2" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -101,6 +101,17 @@ def test_everything_about_every_atom_is_there(tiny_package: Package) -> None:
     assert [fact for fact in facts if fact not in page.text] == []
 
 
+def test_sampled_rates_say_how_they_were_decoded(tiny_package: Package) -> None:
+    first, *others = tiny_package.manifest.atoms
+    sampled = Effect(
+        detector="yes-no", coefficient=1.0, n=20, rate_unsteered=0.25, rate=0.5, temperature=0.7, top_p=0.9
+    )
+    page = Page(render(tiny_package, [first.model_copy(update={"effects": [sampled]}), *others]))
+    assert "yes-no 25% → 50% at +1 (temperature 0.7, top-p 0.9)" in page.text
+    assert "at 1, temperature 0.7, top-p 0.9" in page.text
+    assert "at 1, greedy" in Page(render(tiny_package, [effects(first), *others])).text
+
+
 def test_the_sparsity_plots_count_the_training_documents(tiny_package: Package) -> None:
     tensors = tiny_package.projection_tensors
     codes, support = tensors["codes_per_document"], tensors["documents_per_atom"]

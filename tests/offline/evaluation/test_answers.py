@@ -83,10 +83,10 @@ def test_another_way_of_sampling_is_another_answer(tmp_path: Path, change: dict)
     assert len(engine.asked) == 1
 
 
-def test_greedy_answers_have_neither_seed_nor_top_p(tmp_path: Path) -> None:
+def test_greedy_answers_have_no_seed(tmp_path: Path) -> None:
     answerer(Echo(), AnswerLog(tmp_path / "log.jsonl")).answer(["p"], [Mix()])
     engine = Echo()
-    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), top_p=0.5, seed=7).answer(["p"], [Mix()])
+    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), seed=7).answer(["p"], [Mix()])
     assert engine.asked == []
 
 
@@ -106,6 +106,7 @@ def test_a_prompt_is_sampled_with_one_seed_under_every_mix() -> None:
         ({"temperature": -0.1}, "temperature is -0.1; it must be within 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ({"top_p": 0.9}, "top_p is 0.9, but temperature 0 is greedy"),
     ],
 )
 def test_a_decoding_that_cannot_be_is_refused(change: dict, limit: str) -> None:

@@ -211,11 +211,13 @@ def test_results_are_flat_rows_and_card_entries(
     assert cards[1:] == tiny_package.manifest.atoms[1:]
     twice = cards_with_effects(cards, evaluation)
     assert twice == cards, "the same results again must not pile up"
-    sampled = dataclasses.replace(evaluation, facts={**evaluation.facts, "decoding": {"temperature": 0.7}})
+    sampled = dataclasses.replace(
+        evaluation, facts={**evaluation.facts, "decoding": {"temperature": 0.7, "top_p": 0.9}}
+    )
     other = Effect(detector="yes-no", coefficient=2.0, n=9, rate_unsteered=0, rate=1)
     mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other]}), *cards[1:]]
-    assert {(e.detector, e.temperature) for e in cards_with_effects(mixed, sampled)[0].effects} == {
-        ("bulleted-list", 0.7), ("yes-no", 0.0)
+    assert {(e.detector, e.decoding) for e in cards_with_effects(mixed, sampled)[0].effects} == {
+        ("bulleted-list", "temperature 0.7, top-p 0.9"), ("yes-no", "greedy")
     }, "a curve of one detector is of one temperature"  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from atoms.errors import ConfigError, UnknownDetectorError
 from atoms.mix import Mix
 from atoms.package import Package
-from offline.evaluation.answers import Answer
+from offline.evaluation.answers import Answer, Decoding
 from offline.evaluation.measures import Form, Rate
 from offline.evaluation.sweep import grid, lines, sweep, table_rows, to_parquet
 from offline.progress import Progress
@@ -54,7 +54,8 @@ def test_flat_rows_survive_parquet(scripted: Callable, tiny_package: Package) ->
     a, b = (card.id for card in tiny_package.manifest.atoms[:2])
     harness, _ = scripted(lambda prompt, mix: "Yes, it is." if mix else "It is.")
     rows = sweep(harness, ["x", "y"], grid(tiny_package, [a, b], [0, 1]), ["yes-no"], 2, Progress(quiet=True))
-    flat = table_rows(rows)
+    flat = table_rows(rows, Decoding(16, temperature=0.7))
+    assert {row["temperature"] for row in flat} == {0.7}
     assert [(row[f"c:{a}"], row[f"c:{b}"], row["yes-no"]) for row in flat] == [
         (0, 0, 0),
         (0, 1, 1),
