@@ -503,9 +503,9 @@ _LOOP_SHARE = 0.5
 _MIN_WORD_REPEATS = 4
 _MIN_LINE_REPEATS = 3
 _MIN_GRAM_REPEATS = 3
+_GRAM = 4
 _FENCE = re.compile(r"```[^`]*$")
 _MIN_EMPTY_BLOCKS = 2
-_GRAM = 4
 _DIVERSITY_FROM_WORDS = 20
 _MIN_DISTINCT_SHARE = 0.25
 
@@ -557,9 +557,13 @@ def is_degenerate(response: str) -> bool:
     if len(words) >= _DIVERSITY_FROM_WORDS and len(set(words)) < _MIN_DISTINCT_SHARE * len(words):
         return True
     lines = _lines(text)
-    if _loops_in_letters(text) or _loops_in_words(words) or _loops_in_lines(lines) or _loops_in_grams(words):
-        return True
-    return _loops_in_fences(lines)
+    return (
+        _loops_in_letters(text)
+        or _loops_in_words(words)
+        or _loops_in_lines(lines)
+        or _loops_in_grams(words)
+        or _loops_in_fences(lines)
+    )
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class SamplingParams:
     grammar: Grammar | None = None
 
 
-def decoding_name(temperature: float, top_p: float = 1.0) -> str:
+def decoding_name(temperature: float, top_p: float) -> str:
     """How a report says that answers were decoded: "greedy", or "temperature 0.7, top-p 0.9"."""
     if temperature == 0:
         return "greedy"
