@@ -53,6 +53,7 @@ def run_evaluate(
     labelled: Labelled | None = None, write_cards: bool = False, plots: bool = True, quiet: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluates, or resumes in `out` (default: beside the package), and writes evaluation.json, .csv and figures there."""
+    config.check_decoding(decoding)
     if plots:
         figures.require_matplotlib()
     package, progress = Package.read(path), Progress(quiet=quiet)

@@ -1,7 +1,7 @@
 """Free-running answers: batched over prompts and mixes, and each generated only once.
 
 Takes any `Engine`; knows no package, detector or statistic. What a mix means is the business of `digest`, which names a
-mix's weights: an answer in the log stands for (digest, prompt, decoding, dtype).
+mix's weights: an answer in the log stands for (digest, prompt, decoding, sample, dtype).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from atoms.engine import Engine, FinishReason, GenerationRequest, SamplingParams, decoding_name
 from atoms.errors import ConfigError, DataError
@@ -26,7 +27,8 @@ class Decoding:
     """How answers are decoded: `temperature` 0 is greedy.
 
     Sampled answers to a prompt are drawn with a seed that depends on `seed` and the prompt alone, so mixes are compared
-    with the same random numbers. Raises ConfigError for values outside what the API takes.
+    with the same random numbers. Sample n of a prompt is the answer that `seed` + n gives. Raises ConfigError for values
+    outside what the API takes.
     """
 
     max_tokens: int = 48
@@ -44,19 +46,27 @@ class Decoding:
         if self.top_p < 1 and self.temperature == 0:
             raise ConfigError(f"top_p is {self.top_p}, but temperature 0 is greedy; give a temperature above 0 as well")
 
-    def sampling(self, prompt: str) -> SamplingParams:
-        """The sampling parameters of an answer to `prompt`."""
+    def sampling(self, prompt: str, sample: int = 0) -> SamplingParams:
+        """The sampling parameters of answer number `sample` to `prompt`."""
         if self.temperature == 0:
             return SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
-        own = int(canonical_hash([prompt, self.seed])[:8], 16)
+        own = int(canonical_hash([prompt, self.seed + sample])[:8], 16)
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, seed=own)
 
     def __str__(self) -> str:
         return decoding_name(self.temperature, self.top_p)
 
-    def identity(self) -> list[float]:
+    def identity(self, sample: int = 0) -> list[float]:
         """What tells its answers from others: nothing but the length of greedy ones, which have no seed."""
-        return [self.max_tokens, *([self.temperature, self.top_p, self.seed] if self.temperature else [])]
+        return [self.max_tokens, *([self.temperature, self.top_p, self.seed + sample] if self.temperature else [])]
+
+
+class Question(NamedTuple):
+    """What is asked: answer number `sample` to a prompt under a mix."""
+
+    prompt: str
+    mix: Mix
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,24 +148,25 @@ class Answerer:
 
         Different mixes share a batch, so that answers that end early leave no slot idle.
         """
-        asked = [(prompt, mix) for mix in mixes for prompt in prompts]
-        answers = self.answer_pairs(asked, advance)
+        answers = self.answer_questions([Question(prompt, mix) for mix in mixes for prompt in prompts], advance)
         return [answers[n * len(prompts) : (n + 1) * len(prompts)] for n in range(len(mixes))]
 
-    def answer_pairs(
-        self, pairs: Sequence[tuple[str, Mix]], advance: Callable[[int], None] = lambda _: None
+    def answer_questions(
+        self, questions: Sequence[Question], advance: Callable[[int], None] = lambda _: None
     ) -> list[Answer]:
-        """One answer a (prompt, mix), in order."""
-        keys = [self._key(prompt, mix) for prompt, mix in pairs]
+        """One answer a question, in order."""
+        keys = [self._key(question) for question in questions]
         found: dict[str, Answer] = {}
-        missing: dict[str, tuple[str, Mix]] = {}
-        for key, (prompt, mix) in zip(keys, pairs, strict=True):
+        missing: dict[str, Question] = {}
+        for key, question in zip(keys, questions, strict=True):
             record = self._log.get(key) if self._log is not None else None
             if record is None:
-                missing[key] = (prompt, mix)
+                missing[key] = question
             else:
-                found[key] = Answer(prompt, mix, record["text"], tuple(record["token_ids"]), record["finish_reason"])
-        advance(len(pairs) - len(missing))
+                found[key] = Answer(
+                    question.prompt, question.mix, record["text"], tuple(record["token_ids"]), record["finish_reason"]
+                )
+        advance(len(questions) - len(missing))
         order = list(missing.items())
         for start in range(0, len(order), _BATCH):
             chunk = order[start : start + _BATCH]
@@ -163,19 +174,19 @@ class Answerer:
             advance(len(chunk))
         return [found[key] for key in keys]
 
-    def _generate(self, chunk: Sequence[tuple[str, tuple[str, Mix]]]) -> dict[str, Answer]:
+    def _generate(self, chunk: Sequence[tuple[str, Question]]) -> dict[str, Answer]:
         requests = [
             GenerationRequest(
                 key,
-                self._engine.encode_chat([{"role": "user", "content": prompt}]),
-                mix,
-                self.decoding.sampling(prompt),
+                self._engine.encode_chat([{"role": "user", "content": question.prompt}]),
+                question.mix,
+                self.decoding.sampling(question.prompt, question.sample),
             )
-            for key, (prompt, mix) in chunk
+            for key, question in chunk
         ]
         answers = {
-            key: Answer(prompt, mix, g.text, g.token_ids, g.finish_reason)
-            for (key, (prompt, mix)), g in zip(chunk, self._engine.generate(requests), strict=True)
+            key: Answer(question.prompt, question.mix, g.text, g.token_ids, g.finish_reason)
+            for (key, question), g in zip(chunk, self._engine.generate(requests), strict=True)
         }
         if self._log is not None:
             self._log.append([self._record(key, answer) for key, answer in answers.items()])
@@ -186,5 +197,6 @@ class Answerer:
                 "prompt": answer.prompt, "text": answer.text, "token_ids": list(answer.token_ids),
                 "finish_reason": answer.finish_reason}  # fmt: skip
 
-    def _key(self, prompt: str, mix: Mix) -> str:
-        return canonical_hash([self._digest(mix), prompt, *self.decoding.identity(), self._identity])
+    def _key(self, question: Question) -> str:
+        decoded = self.decoding.identity(question.sample)
+        return canonical_hash([self._digest(question.mix), question.prompt, *decoded, self._identity])

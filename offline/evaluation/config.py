@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atoms.errors import ConfigError
+from offline.evaluation.answers import Decoding
 from offline.evaluation.results import Wanted
 
 
@@ -14,7 +15,8 @@ class EvaluateConfig:
 
     Empty behaviours: all of the prompt file; empty atoms: all of the package. Coefficients are magnitudes, tried with both
     signs. Numbers of prompts are per goal; None: all there are. `max_kl` in nats a token. `max_degenerate` is a share of
-    the answers, raised to that of the unsteered answers where those are worse.
+    the answers, raised to that of the unsteered answers where those are worse. `dev_samples`: answers to a development
+    prompt from which a choice is made.
     """
 
     behaviours: tuple[str, ...] = ()
@@ -25,6 +27,7 @@ class EvaluateConfig:
     screen_prompts: int = 6
     candidates: int = 3
     dev_prompts: int | None = None
+    dev_samples: int = 1
     heldout_prompts: int | None = None
     max_kl: float = 0.5
     max_degenerate: float = 0.05
@@ -34,7 +37,7 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("screen_prompts", "candidates", "dev_prompts", "heldout_prompts", "kl_prompts"):
+        for name in ("screen_prompts", "candidates", "dev_prompts", "dev_samples", "heldout_prompts", "kl_prompts"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(bool(self.coefficients), "coefficients", self.coefficients, "at least one number")
@@ -46,6 +49,14 @@ class EvaluateConfig:
         _require(self.max_kl > 0, "max_kl", self.max_kl, "above 0 nats a token")
         _require(0 <= self.max_degenerate <= 1, "max_degenerate", self.max_degenerate, "a share, 0 to 1")
         _require(self.random_controls >= 0, "random_controls", self.random_controls, "at least 0")
+
+    def check_decoding(self, decoding: Decoding) -> None:
+        """Raises ConfigError if further answers to a prompt would all be the first one again."""
+        if self.dev_samples > 1 and decoding.temperature == 0:
+            raise ConfigError(
+                f"dev_samples is {self.dev_samples}, but greedy answers to a prompt are all the same; "
+                "give a temperature above 0 as well"
+            )
 
 
 def _require(condition: bool, name: str, value: object, limit: str) -> None:

@@ -64,8 +64,10 @@ def evaluate(
     """Runs or resumes an evaluation whose files lie in `work`.
 
     `supervised`: behaviour -> direction of its labelled documents, for the supervised control. Raises
-    UnknownAtomError, UnknownDetectorError and DataError for names that do not exist and prompts that are missing.
+    UnknownAtomError, UnknownDetectorError and DataError for names that do not exist and prompts that are missing, and
+    ConfigError for more than one greedy answer a prompt.
     """
+    config.check_decoding(harness.answerer.decoding)
     prompts, package = read_prompts(prompts_file), harness.package
     goals = goals_of(prompts, config)
     dev = {goal: _texts(prompts, goal, "dev", config.dev_prompts) for goal in goals}

@@ -18,7 +18,7 @@ from atoms.package import Package
 from atoms.steered import SteeredModel
 from offline.calibrate import DriftMeter, make_batches, within_logits
 from offline.corpus import EncodedDocument
-from offline.evaluation.answers import Answer, Answerer, AnswerLog, Decoding
+from offline.evaluation.answers import Answer, Answerer, AnswerLog, Decoding, Question
 from offline.evaluation.directions import Directions
 from offline.gradients import label_logits, sum_losses
 from offline.progress import Progress
@@ -56,13 +56,19 @@ class Harness:
         self._steered.close()
 
     def answer(
-        self, stage: str, asked: Sequence[tuple[Cell, Mix]], prompts: Mapping[Cell, Sequence[str]], progress: Progress
-    ) -> dict[tuple[Cell, Mix], list[Answer]]:
-        """Answers to the prompts of each (cell, mix) that is asked for, as one batch job; in the order of the prompts."""
-        pairs = [(prompt, mix) for cell, mix in asked for prompt in prompts[cell]]
-        with progress.task(stage, len(pairs), "answers") as bar:
-            answers = iter(self.answerer.answer_pairs(pairs, bar.advance))
-        return {(cell, mix): list(islice(answers, len(prompts[cell]))) for cell, mix in asked}
+        self, stage: str, asked: Sequence[tuple[Cell, Mix]], prompts: Mapping[Cell, Sequence[str]], progress: Progress,
+        samples: int = 1,
+    ) -> dict[tuple[Cell, Mix], list[Answer]]:  # fmt: skip
+        """Answers to the prompts of each (cell, mix) that is asked for, as one batch job.
+
+        In the order of the prompts, once for each of the `samples` answers that a prompt is given.
+        """
+        questions = [
+            Question(prompt, mix, n) for cell, mix in asked for n in range(samples) for prompt in prompts[cell]
+        ]
+        with progress.task(stage, len(questions), "answers") as bar:
+            answers = iter(self.answerer.answer_questions(questions, bar.advance))
+        return {(cell, mix): list(islice(answers, samples * len(prompts[cell]))) for cell, mix in asked}
 
     def meter(self, unsteered: Sequence[Answer]) -> DriftMeter:
         """Measures KL(unsteered ‖ steered) along `unsteered`: the unsteered model's own answers, teacher-forced.

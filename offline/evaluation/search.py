@@ -1,9 +1,9 @@
 """The choice of an atom and a coefficient for each goal, on development prompts alone.
 
 Two rounds, each one batch over all goals: every atom at ± one coefficient on a few prompts gives the candidates; the
-candidates at every coefficient on all prompts give the choice. It is the setting that changes the detector's rate most in
-the wanted direction, of those whose predicted and measured KL and whose share of degenerate answers are within the limits;
-among equals the one of least predicted KL.
+candidates at every coefficient on all prompts, `dev_samples` answers to each, give the choice. It is the setting that
+changes the detector's rate most in the wanted direction, of those whose predicted and measured KL and whose share of
+degenerate answers are within the limits; among equals the one of least predicted KL.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def choose_settings(
         goal: [(atom, c) for atom in chosen for c in signed_within_range(harness, atom, config.coefficients)]
         for goal, chosen in candidates.items()
     }
-    tried = try_settings(harness, prompts, cells, "choose", progress)
+    tried = try_settings(harness, prompts, cells, "choose", progress, config.dev_samples)
     with progress.task("KL of choices", len(tried), "goals") as bar:
         choices = {}
         for goal, found in tried.items():
@@ -77,10 +77,11 @@ def try_settings(
     cells: Mapping[Goal, Sequence[tuple[str, float]]],
     stage: str,
     progress: Progress,
+    samples: int = 1,
 ) -> dict[Goal, Tried]:
     """Answers every goal's prompts unsteered and under its cells, atoms with coefficients: one batch job."""
     asked = [(goal, mix) for goal in prompts for mix in (Mix(), *(Mix.of({a: c}) for a, c in cells[goal]))]
-    answers = harness.answer(stage, asked, prompts, progress)
+    answers = harness.answer(stage, asked, prompts, progress, samples)
     tried = {}
     for goal in prompts:
         detector, unsteered = get_detector(goal.behaviour), answers[goal, Mix()]

@@ -161,6 +161,8 @@ def test_a_line_sweep_draws_a_dose_response(cli: Cli, package: Package, tmp_path
         (("evaluate", "PKG", "--behaviours", "opera"), "opera"),
         (("evaluate", "PKG", "--coefficients", "-1"), "-1.0"),
         (("evaluate", "PKG", "--goals", "sideways"), "sideways"),
+        (("evaluate", "PKG", "--dev-samples", "3"), "dev_samples is 3"),
+        (("evaluate", "PKG", "--dev-samples", "0", "--temperature", "1"), "dev_samples is 0"),
         (("evaluate", "PKG", "--data", "DATA", "--label", "yes-no"), "BEHAVIOUR=LABEL"),
         (("evaluate", "PKG", "--data", "absent.jsonl"), "absent.jsonl"),
         (("evaluate", "PKG", "--prompts", "absent.txt"), "absent.txt"),

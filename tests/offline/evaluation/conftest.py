@@ -53,12 +53,14 @@ def merged_tiny(tiny_model_dir: Path, tiny_package: Package) -> PreTrainedModel:
 def scripted(
     merged_tiny: PreTrainedModel, tiny_package: Package, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Callable[..., tuple[Harness, ScriptedAnswers]]]:
-    """`scripted(script, log=…)`: the harness and its engine."""
+    """`scripted(script, log=…, decoding=…)`: the harness and its engine."""
     opened: list[Harness] = []
 
-    def make(script: Script, log: AnswerLog | None = None) -> tuple[Harness, ScriptedAnswers]:
+    def make(
+        script: Script, log: AnswerLog | None = None, decoding: Decoding | None = None
+    ) -> tuple[Harness, ScriptedAnswers]:
         engine = ScriptedAnswers(tiny_tokenizer, script)
-        harness = Harness(engine, merged_tiny, Directions(tiny_package), Decoding(16), log)  # type: ignore[arg-type]
+        harness = Harness(engine, merged_tiny, Directions(tiny_package), decoding or Decoding(16), log)  # type: ignore[arg-type]
         opened.append(harness)
         return harness, engine
 

@@ -14,7 +14,7 @@ import pytest
 from atoms.engine import Generation, SamplingParams
 from atoms.errors import ConfigError, DataError, StorageError
 from atoms.mix import Mix
-from offline.evaluation.answers import Answerer, AnswerLog, Decoding
+from offline.evaluation.answers import Answerer, AnswerLog, Decoding, Question
 
 STEERED = Mix.of({"a-00000001": 1.0})
 
@@ -97,6 +97,17 @@ def test_a_prompt_is_sampled_with_one_seed_under_every_mix() -> None:
     assert engine.sampling[f"p{dict(STEERED)}"] == plain
     assert plain.seed != other.seed
     assert (plain.temperature, plain.top_p) == (0.7, 0.95)
+
+
+def test_a_further_sample_is_the_answer_that_the_next_seed_gives(tmp_path: Path) -> None:
+    engine, log = Echo(), AnswerLog(tmp_path / "log.jsonl")
+    answerer(engine, log, temperature=0.7).answer_questions([Question("p", Mix(), n) for n in range(3)])
+    assert len(engine.asked) == len(set(engine.asked)) == 3
+    third = engine.sampling[f"p{dict(Mix())}"]
+    answerer(engine, None, temperature=0.7, seed=2).answer(["p"], [Mix()])
+    assert engine.sampling[f"p{dict(Mix())}"] == third
+    answerer(engine, log, temperature=0.7, seed=2).answer(["p"], [Mix()])
+    assert len(engine.asked) == 4, "the log has it"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from atoms.manifest import Effect
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.storage import sha256_file
-from offline.evaluation.answers import AnswerLog
+from offline.evaluation.answers import AnswerLog, Decoding
 from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.evaluate import evaluate
 from offline.evaluation.results import ATOM, UNSTEERED, Evaluation, cards_with_effects, table_rows, to_csv
@@ -144,6 +145,34 @@ def test_settings_beyond_a_limit_are_not_chosen(
         config = dataclasses.replace(config, max_kl=0.5)
     (up,) = run(harness, prompts, dataclasses.replace(config, wanted=("up",)), tmp_path).goals
     assert (up.choice.atom, up.choice.coefficient) == (good, 0.5)
+
+
+@pytest.mark.parametrize(("samples", "chosen"), [(1, 1.0), (3, 0.5)])
+def test_further_samples_show_what_the_first_ones_hid(
+    scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path, samples: int,
+    chosen: float,
+) -> None:  # fmt: skip
+    """The strong setting loops in every answer but the first to a development prompt."""
+    good = tiny_package.manifest.atoms[0].id
+    plain, strong, said = script(good), Mix.of({good: 1.0}), Counter()
+
+    def say(prompt: str, mix: Mix) -> str:
+        said[prompt, mix] += 1
+        again = " dev " in prompt and mix == strong and said[prompt, mix] > 1
+        return LOOP if again else plain(prompt, mix)
+
+    harness, _ = scripted(say, AnswerLog(tmp_path / "log.jsonl"), Decoding(16, temperature=1.0))
+    changed = dataclasses.replace(config, wanted=("up",), dev_samples=samples)
+    (up,) = run(harness, prompts, changed, tmp_path).goals
+    assert (up.choice.atom, up.choice.coefficient, up.choice.n) == (good, chosen, DEV * samples)
+    assert up.condition(ATOM).rate.n == HELDOUT, "one answer a held-out prompt: the tests are of pairs"
+
+
+def test_further_greedy_answers_are_refused(scripted: Callable, prompts: Path, tmp_path: Path) -> None:
+    harness, engine = scripted(lambda prompt, mix: PROSE)
+    with pytest.raises(ConfigError, match="dev_samples is 3, but greedy answers .* temperature above 0"):
+        run(harness, prompts, EvaluateConfig(dev_samples=3), tmp_path)
+    assert engine.asked == 0
 
 
 def test_no_choice_is_said_so(scripted: Callable, prompts: Path, config: EvaluateConfig, tmp_path: Path) -> None:
