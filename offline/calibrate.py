@@ -110,7 +110,7 @@ class DriftMeter:
     def _log_probs(self, batch: Batch, delta: Delta | None) -> Tensor:
         self.steered.set_slot(0, delta)
         with self.steered.rows([0] * len(batch.documents)):
-            return torch.log_softmax(label_logits(self.steered.model, batch), dim=-1)
+            return torch.log_softmax(label_logits(self.steered.model, batch).float(), dim=-1)
 
 
 def calibrate_atom(

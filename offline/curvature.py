@@ -123,7 +123,7 @@ def sampled_pass(
 
 def sample_labels(logits: Tensor, batch: Batch, seed: int) -> Tensor:
     """(n,) labels drawn from the model's own next-token distributions; per document from (seed, row) alone."""
-    probabilities = torch.softmax(logits, dim=-1).cpu()
+    probabilities = torch.softmax(logits.float(), dim=-1).cpu()
     labels, start = [], 0
     for document in batch.documents:
         stop = start + len(document.response_ids)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from atoms.space import LoRASpace
 from offline.corpus import Batch, EncodedDocument, collate, plan_batches
+from offline.losses import cross_entropy
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,7 +50,7 @@ def gradient_hooks(model: PeftModel, space: LoRASpace, sink: Sink) -> Iterator[N
 
 
 def label_logits(model: Any, batch: Batch) -> Tensor:
-    """Logits at the label positions only, (n, V) float32: the head runs on n rows instead of b·t.
+    """Logits at the label positions only, (n, V) in the model's dtype: the head runs on n rows instead of b·t.
 
     `model` is a transformers or PEFT causal LM. Works for any of them because it narrows the head's input; whatever
     the model does to logits afterwards (scaling, soft capping) is kept. No mask is given: padding is on the right, where
@@ -60,19 +61,19 @@ def label_logits(model: Any, batch: Batch) -> Tensor:
         lambda _module, inputs: (inputs[0][batch.label_rows, batch.label_columns],)  # (b, t, h) -> (n, h)
     )
     try:
-        return model(input_ids=batch.input_ids, use_cache=False).logits.float()
+        return model(input_ids=batch.input_ids, use_cache=False).logits
     finally:
         handle.remove()
 
 
 def mean_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
-    """(b,) mean cross-entropy over each document's response tokens, nats a token; `labels` defaults to the real ones."""
+    """(b,) float32 mean cross-entropy over each document's response tokens, nats a token. None: the real labels."""
     return sum_losses(logits, batch, labels) / batch.response_lengths
 
 
 def sum_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
-    """(b,) cross-entropy summed over each document's response tokens, nats."""
-    per_token = nn.functional.cross_entropy(logits, batch.labels if labels is None else labels, reduction="none")
+    """(b,) float32 cross-entropy summed over each document's response tokens, nats."""
+    per_token = cross_entropy(logits, batch.labels if labels is None else labels)
     return per_token.new_zeros(len(batch.documents)).index_add(0, batch.label_rows, per_token)
 
 

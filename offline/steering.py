@@ -145,7 +145,7 @@ def moved(model: PeftModel, space: LoRASpace, direction: Direction) -> Iterator[
 
 @torch.inference_mode()
 def _log_probs(model: PeftModel, batch: Batch) -> Tensor:
-    return torch.log_softmax(label_logits(model, batch), dim=-1)
+    return torch.log_softmax(label_logits(model, batch).float(), dim=-1)
 
 
 def _dot(a: Direction, b: Direction) -> float:
