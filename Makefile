@@ -10,7 +10,7 @@ DEMO   ?= demo
 PORT   ?= 8000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test browser vllm-cpu test-vllm soak lint clean
+.PHONY: help install demo serve test browser vllm-cpu test-vllm bench study soak lint clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,21 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 
 test-vllm: vllm-cpu $(NODE)/.installed  ## Run the tests of steering inside vLLM on the real engine
 	$(VLLM)/bin/python -m pytest -W default tests/vllm tests/conformance
+
+bench: install  ## Measure discovery: speed, memory, scale, plan and cost model, with the demo model (over an hour)
+	$(BIN)/python bench/discovery.py gradients dictionary memory scale
+	$(BIN)/python bench/plan.py
+	$(BIN)/python bench/cost_model.py
+
+# What `make study` compares settings of discovery on, and where it keeps the gradients: make study DATA=FILE.jsonl STUDY=DIR.
+# DATA has labels in the field "task"; they score and nothing else.
+DATA  ?= offline/data/demo_documents.jsonl
+STUDY ?= .cache/study
+
+study: install  ## Compare recipes and settings of discovery on the documents DATA (hours)
+	$(BIN)/python -c "from pathlib import Path; from offline.models import prepare_demo_model as p; p(Path('.cache/models'))"
+	$(BIN)/python -m bench.study_gradients --model .cache/models/smollm2-135m-instruct --data $(DATA) --work $(STUDY)
+	$(BIN)/python -m bench.study --work $(STUDY) --data $(DATA) --packaged --json $(STUDY)/study.json
 
 # How much `make soak` does. A run of all its parts in minutes: make soak CASES=200 REQUESTS=64 KILLS=1 SIMULATIONS=six DOCS=quick
 CASES       ?= 10000

@@ -37,7 +37,6 @@ from atoms.projection import Projection, SparseCoder
 from atoms.space import LoRASpace
 from clients.options import quiet_libraries
 from offline.config import (
-    CalibrateConfig,
     CurvatureConfig,
     DictionaryConfig,
     DiscoverConfig,
@@ -283,7 +282,7 @@ def measure_memory(options: argparse.Namespace) -> list[dict[str, object]]:
     """Each row is a process of its own: one fine-tuning step of the largest batch, then discoveries."""
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        data = short_documents(options, Path(folder), max(MEMORY_DOCUMENTS))
+        data = repeated_documents(options, Path(folder), max(MEMORY_DOCUMENTS))
         runs: list[tuple[str, list[str]]] = [("a fine-tuning batch", ["batch", str(options.model), str(data)])]
         for count in MEMORY_DOCUMENTS:
             out = Path(folder) / f"package-{count}"
@@ -321,25 +320,19 @@ def memory_config(model: Path, data: Path, limit: int | None, out: Path) -> Disc
         finetune=FinetuneConfig(epochs=0.02), curvature=CurvatureConfig(factor_documents=16, eigenvalue_documents=16),
         dictionary=DictionaryConfig(atoms=100, alpha=ALPHA),
         select=SelectConfig(keep=4, min_documents=2, min_z=-1e6, min_stability=0.0),
-        calibrate=CalibrateConfig(prompts=2, continuation_tokens=8),
     )  # fmt: skip
 
 
-def short_documents(options: argparse.Namespace, folder: Path, count: int) -> Path:
-    """`count` chats of about 20 tokens: the first words of the documents, as often as it takes, and a short system turn."""
+def repeated_documents(options: argparse.Namespace, folder: Path, count: int) -> Path:
+    """`count` documents: those of the data, in their order, as often as it takes."""
     whole = read_corpus(options.data).documents
     with (folder / "documents.jsonl").open("w", encoding="utf-8") as file:
         for n in range(count):
             document = whole[n % len(whole)]
-            turns = [("system", "Answer."), ("user", first_words(document.prompt, 4)),
-                     ("assistant", first_words(document.response, 2))]  # fmt: skip
+            turns = [("user", document.prompt), ("assistant", document.response)]
             chat = [{"role": role, "content": content} for role, content in turns]
             file.write(json.dumps({"id": str(n), "messages": chat}) + "\n")
     return folder / "documents.jsonl"
-
-
-def first_words(text: str, count: int) -> str:
-    return " ".join(text.split()[:count])
 
 
 def measure_scale(options: argparse.Namespace) -> list[dict[str, object]]:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from atoms.errors import ConfigError, DataError
 from atoms.package import PROJECTION, Package
-from atoms.space import Direction
 from atoms.storage import canonical_hash, sha256_file, write_bytes, write_json, write_tensors
 from clients.harness import TABLE_WIDTH, open_harness
 from offline.evaluation import figures
 from offline.evaluation.answers import Decoding
 from offline.evaluation.config import EvaluateConfig
+from offline.evaluation.document_controls import DocumentControls, document_controls
 from offline.evaluation.evaluate import evaluate, goals_of
 from offline.evaluation.prompts import demo_data, read_prompts
 from offline.evaluation.results import (
@@ -32,7 +32,6 @@ from offline.evaluation.results import (
     table_rows,
     to_csv,
 )
-from offline.evaluation.supervised import supervised_directions
 from offline.progress import Progress
 from offline.report import write_report
 from server.embedded.load import EngineOptions, load_base
@@ -40,7 +39,7 @@ from server.embedded.load import EngineOptions, load_base
 
 @dataclass(frozen=True)
 class Labelled:
-    """Documents for the supervised control. `labels`: behaviour -> its label, where the two differ."""
+    """Documents for the controls made of them. `labels`: behaviour -> its label, where the two differ."""
 
     data: Path
     field: str
@@ -59,9 +58,9 @@ def run_evaluate(
     package, progress = Package.read(path), Progress(quiet=quiet)
     prompts = prompts or demo_data("evaluation_prompts")
     work = out or path.with_name(path.name + ".evaluation")
-    supervised = _supervised(package, config, prompts, labelled, work, options, progress) if labelled else {}
+    documents = _document_controls(package, config, prompts, labelled, work, options, progress) if labelled else None
     with open_harness(package, work, decoding, options) as harness:
-        evaluation = evaluate(harness, prompts, config, work, progress, supervised)
+        evaluation = evaluate(harness, prompts, config, work, progress, documents)
     write_json(work / "evaluation.json", evaluation.as_json())
     write_bytes(work / "evaluation.csv", to_csv(table_rows(evaluation)).encode())
     if plots:
@@ -127,11 +126,11 @@ def _difference(comparison: Comparison | None) -> str:
     return f"{100 * comparison.difference:+.0f} [{100 * comparison.low:+.0f}, {100 * comparison.high:+.0f}]"
 
 
-def _supervised(
+def _document_controls(
     package: Package, config: EvaluateConfig, prompts: Path, labelled: Labelled, work: Path, options: EngineOptions,
     progress: Progress,
-) -> dict[str, Direction]:  # fmt: skip
-    """Directions of every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped
+) -> DocumentControls:  # fmt: skip
+    """Directions for every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped
     again."""
     behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(read_prompts(prompts), config))
     labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
@@ -139,19 +138,23 @@ def _supervised(
         raise DataError(f"{labelled.data} does not exist or is no file; give the labelled documents with --data")
     manifest = package.manifest
     recipe = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION], sha256_file(labelled.data),
-              labelled.field, labels, labelled.most, manifest.conventions.model_dump()]  # fmt: skip
-    folder = work / f"supervised-{canonical_hash(recipe)[:16]}"
+              labelled.field, labels, labelled.most, config.random_controls, manifest.conventions.model_dump()]  # fmt: skip
+    folder = work / f"documents-{canonical_hash(recipe)[:16]}"
     files = {behaviour: folder / f"{behaviour}.safetensors" for behaviour in behaviours}
-    if not all(file.exists() for file in files.values()):
+    draws = [folder / f"random-{n + 1}.safetensors" for n in range(config.random_controls)]
+    if not all(file.exists() for file in (*files.values(), *draws)):
         model, tokenizer = load_base(package, options)
-        made = supervised_directions(
-            package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most, progress
-        )
-        for behaviour, direction in made.items():
+        made = document_controls(package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most,
+                                 len(draws), progress)  # fmt: skip
+        for behaviour, direction in made.labelled.items():
             write_tensors(files[behaviour], direction)
+        for file, direction in zip(draws, made.random, strict=True):
+            write_tensors(file, direction)
         del model
         gc.collect()
-    return {behaviour: load_file(file) for behaviour, file in files.items()}
+    return DocumentControls(
+        {name: load_file(file) for name, file in files.items()}, [load_file(file) for file in draws]
+    )
 
 
 def _print_end(evaluation: Evaluation, work: Path, updated: Path | None) -> None:

@@ -33,7 +33,7 @@ from atoms.model import load_tokenizer
 from atoms.projection import Projection, RowWhitening
 from atoms.storage import write_tensors
 from offline.calibrate import calibrate_atom, orient
-from offline.config import DiscoverConfig
+from offline.config import DictionaryConfig, DiscoverConfig
 from offline.corpus import (
     Corpus,
     EncodedCorpus,
@@ -57,6 +57,8 @@ DICTIONARY_PASSES = 20
 """Passes over the rows in which a dictionary settles; 14 to 26 were seen."""
 _BYTES_PER_TOKEN = 40
 """A token id in a tuple of Python integers."""
+_BYTES_OF_CODES = 44
+"""A document's two or three codes, stored by atom."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Plan:
     components: int
     sketch: int
     dictionary_atoms: int
+    held_rows: int
     kept_atoms: int
     stages: tuple[StagePlan, ...]
     probe_seconds: float
@@ -116,9 +119,10 @@ class Plan:
 
     @property
     def growing_memory(self) -> int:
-        """What grows with the run: token ids, the codes of all training documents, and four (K, D) blocks."""
-        codes = 4 * self.training * self.dictionary_atoms
-        return _BYTES_PER_TOKEN * self.tokens + codes + 16 * self.dictionary_atoms * self.components
+        """What grows with the run: token ids, the few codes of every training document, four (K, D) blocks, and the rows that
+        a learner holds at once."""
+        held = _BYTES_PER_TOKEN * self.tokens + _BYTES_OF_CODES * self.training + self.held_rows
+        return held + 16 * self.dictionary_atoms * self.components
 
     @property
     def memory(self) -> int:
@@ -127,6 +131,12 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         stages = {stage.name: {**asdict(stage), "seconds": stage.seconds} for stage in self.stages}
         return {**asdict(self), "stages": stages, "seconds": self.seconds, "disk": self.disk, "memory": self.memory}
+
+
+def held_rows(config: DictionaryConfig, rows: int, components: int, atoms: int) -> int:
+    """Bytes of all rows and codes at once: of none for our learner, which reads the shards; scikit-learn takes float64 beside
+    the float32 rows, and is followed by dense codes."""
+    return rows * (12 * components + 4 * atoms) if config.learner == "scikit-learn" else 0
 
 
 def make_plan(config: DiscoverConfig, progress: Progress) -> Plan:
@@ -187,6 +197,7 @@ class _Probe:
             held_out=len(held_out), tokens=self.encoded.tokens, lengths=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
             modules=len(adapter.space.modules), matrices=len(adapter.space.tensors), parameters=adapter.space.dim,
             components=projection.dim, sketch=RowSink(projection).sketch_dim, dictionary_atoms=atoms, kept_atoms=kept,
+            held_rows=held_rows(config.dictionary, len(training), projection.dim, atoms),
             stages=tuple(stages), probe_seconds=time.monotonic() - started, probe_documents=len(self.sample),
             probe_tokens=sum(map(len, self.sample)),
             probe_peak=max(cost.peak_mib for cost in self.costs.costs.values()) * 2**20,

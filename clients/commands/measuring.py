@@ -33,9 +33,12 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="Temperature of the answers; 0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Top-p of sampled answers.")] = 1.0,
     kl_prompts: Annotated[int, typer.Option(help="Prompts along whose answers KL is measured.")] = 24,
-    random_controls: Annotated[int, typer.Option(help="Random directions of equal KL a goal.")] = 1,
+    random_controls: Annotated[
+        int, typer.Option(help="Random directions a goal; with --data also of random documents.")
+    ] = 1,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled documents: adds the supervised control. Needs a backward pass.")
+        Path | None,
+        typer.Option(help="Labelled documents: adds the controls made of documents. Needs a backward pass."),
     ] = None,
     label_field: Annotated[str, typer.Option(help="Field of the documents that holds the label.")] = "task",
     label: Annotated[

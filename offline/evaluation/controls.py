@@ -2,8 +2,11 @@
 
     random      a random unit row in whitened coordinates, unprojected
     shuffled    the atom's own whitened row with its coordinates permuted: the same sizes at the wrong places; unprojected
-    supervised  what the atoms' own recipe makes of the documents with the behaviour's label: what labels would have bought
-                (offline/evaluation/supervised.py)
+
+and, with documents (offline/evaluation/document_controls.py), what the atoms' own recipe makes of
+
+    random-documents    documents drawn at random
+    supervised          documents with the behaviour's label: what labels would have bought
 
 The strength of each is set so that the measured KL is that of the atom at its chosen coefficient, along the same answers.
 """

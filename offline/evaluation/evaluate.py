@@ -29,6 +29,7 @@ from offline.calibrate import DriftMeter
 from offline.evaluation.answers import Answer
 from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
+from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.harness import Harness
 from offline.evaluation.measures import Form, Rate, degenerate_share, outcomes
 from offline.evaluation.prompts import EvaluationPrompt, choose_prompts, read_prompts
@@ -59,13 +60,13 @@ class Contender:
 
 def evaluate(
     harness: Harness, prompts_file: Path, config: EvaluateConfig, work: Path, progress: Progress,
-    supervised: Mapping[str, Direction] | None = None,
+    documents: DocumentControls | None = None,
 ) -> Evaluation:  # fmt: skip
     """Runs or resumes an evaluation whose files lie in `work`.
 
-    `supervised`: behaviour -> direction of its labelled documents, for the supervised control. Raises
-    UnknownAtomError, UnknownDetectorError and DataError for names that do not exist and prompts that are missing, and
-    ConfigError for more than one greedy answer a prompt.
+    `documents`: directions of labelled and of random documents, for the controls made of them. Raises UnknownAtomError,
+    UnknownDetectorError and DataError for names that do not exist and prompts that are missing, and ConfigError for more than
+    one greedy answer a prompt.
     """
     config.check_decoding(harness.answerer.decoding)
     prompts, package = read_prompts(prompts_file), harness.package
@@ -74,7 +75,7 @@ def evaluate(
     heldout = {goal: _texts(prompts, goal, "heldout", config.heldout_prompts) for goal in goals}
     atoms = [package.card(name).id for name in config.atoms] or [card.id for card in package.manifest.atoms]
     choices = choose_settings(harness, dev, atoms, config, progress)
-    contenders = _contenders(harness, choices, heldout, config, work, progress, supervised or {})
+    contenders = _contenders(harness, choices, heldout, config, work, progress, documents or DocumentControls())
     results = _report(harness, choices, contenders, heldout, config, progress)
     return Evaluation(_facts(harness, prompts_file, config), adjust(results))
 
@@ -113,7 +114,7 @@ def _facts(harness: Harness, prompts_file: Path, config: EvaluateConfig) -> dict
 
 def _contenders(
     harness: Harness, choices: Mapping[Goal, Choice | None], heldout: Prompts, config: EvaluateConfig, work: Path,
-    progress: Progress, supervised: Mapping[str, Direction],
+    progress: Progress, documents: DocumentControls,
 ) -> dict[Goal, dict[str, Contender]]:  # fmt: skip
     """Condition -> mix and KL of each goal: the chosen atom, and controls that cost as much along the same answers."""
     chosen = {goal: choice for goal, choice in choices.items() if choice}
@@ -125,8 +126,7 @@ def _contenders(
             meter, atom = harness.meter(along), Mix.of({choice.atom: choice.coefficient})
             target = harness.kl(meter, atom)
             contenders[goal] = {ATOM: Contender(atom, target)}
-            labelled = supervised.get(goal.behaviour)
-            for name, towards, sign in _controls(harness.package, projection, goal, choice, config, labelled):
+            for name, towards, sign in _controls(harness.package, projection, goal, choice, config, documents):
                 made_of = harness.package.base_adapter.space.hash_tensors(towards)
                 recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, made_of, sign]
                 file = work / "controls" / f"{name}-{canonical_hash(recipe)[:16]}.safetensors"
@@ -139,7 +139,7 @@ def _contenders(
 
 def _controls(
     package: Package, projection: Projection, goal: Goal, choice: Choice, config: EvaluateConfig,
-    supervised: Direction | None,
+    documents: DocumentControls,
 ) -> list[tuple[str, Direction, float]]:  # fmt: skip
     """(name, direction, sign): which way the controls of a goal go."""
     exponent = package.manifest.conventions.unprojection_exponent
@@ -149,10 +149,9 @@ def _controls(
     controls: list[tuple[str, Direction, float]] = [
         (name, projection.unproject(row, exponent), 1.0) for name, row in rows.items()
     ]
-    if supervised is not None:
-        controls.append(
-            ("supervised", supervised, float(goal.sign))
-        )  # towards the labelled documents, or away from them
+    controls += [(f"random-documents-{n}", direction, 1.0) for n, direction in enumerate(documents.random, 1)]
+    if goal.behaviour in documents.labelled:  # towards the labelled documents, or away from them
+        controls.append(("supervised", documents.labelled[goal.behaviour], float(goal.sign)))
     return controls
 
 

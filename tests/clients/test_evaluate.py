@@ -210,7 +210,7 @@ def test_the_real_model_is_steered_measured_and_recorded(cli: Cli, real_package:
     (goal,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["goals"]
     assert goal["choice"], "not one of three atoms at ±3 moved one of two answers"
     by_name = {c["name"]: c for c in goal["conditions"]}
-    assert set(by_name) == {"unsteered", "atom", "shuffled", "random-1", "supervised"}
+    assert set(by_name) == {"unsteered", "atom", "shuffled", "random-1", "random-documents-1", "supervised"}
     target = by_name.pop("atom")["kl"]
     assert target > 0.05 and by_name.pop("unsteered")["kl"] == 0
     assert all(abs(c["kl"] / target - 1) < 0.1 for c in by_name.values())

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from atoms.errors import DataError
 from atoms.package import Package
 from clients.cli import main
-from offline.config import DiscoverConfig, FinetuneConfig, recipe_settings
+from offline.config import RECIPES, DiscoverConfig, FinetuneConfig, recipe_settings
 from offline.corpus import EncodedDocument
 from offline.pipeline import discover
 from offline.plan import Plan, StagePlan, describe, make_plan, padded_tokens, probe_documents
@@ -93,11 +93,22 @@ def test_a_given_adapter_is_not_trained(
     assert str(config.adapter) in describe(plan, config)
 
 
-def test_the_papers_recipe_is_planned_without_the_pass_that_it_lacks(planned: tuple[Plan, DiscoverConfig]) -> None:
+def test_the_papers_recipe_is_planned_without_the_passes_that_it_lacks(planned: tuple[Plan, DiscoverConfig]) -> None:
     parts = {part: dataclasses.replace(getattr(planned[1], part), **recipe_settings("paper", part))
-             for part in ("curvature", "dictionary", "select", "calibrate")}  # fmt: skip
-    names = [stage.name for stage in make_plan(dataclasses.replace(planned[1], **parts), QUIET).stages]
-    assert names == [stage.name for stage in planned[0].stages if stage.name != "eigenvalues"]
+             for part in RECIPES["paper"]}  # fmt: skip
+    plan = make_plan(dataclasses.replace(planned[1], **parts), QUIET)
+    missing = ("eigenvalues", "directions")
+    assert [stage.name for stage in plan.stages] == [s.name for s in planned[0].stages if s.name not in missing]
+    assert set(missing) < {stage.name for stage in planned[0].stages}
+    assert plan.held_rows == plan.training * (12 * plan.components + 4 * plan.dictionary_atoms)
+
+
+def test_memory_grows_with_tokens_and_atoms_but_not_with_their_product(planned: tuple[Plan, DiscoverConfig]) -> None:
+    """A million documents of 60 tokens and 10,000 atoms of 6,800 components: the figures of docs/cost-model.md."""
+    plan = dataclasses.replace(planned[0], tokens=60_000_000, training=10**6, dictionary_atoms=10_000, components=6_800)
+    ids, codes, blocks = 60_000_000 * 40, 10**6 * 44, 16 * 10_000 * 6_800
+    assert plan.held_rows == 0
+    assert plan.growing_memory == ids + codes + blocks < 4 * 2**30
 
 
 def test_an_existing_package_is_refused_as_by_the_run(

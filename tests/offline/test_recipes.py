@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from atoms.errors import ConfigError
+from atoms.mix import Mix
 from offline.config import RECIPES, DictionaryConfig, DiscoverConfig, WhiteningConfig, recipe_settings
 from offline.curvature import Eigenfactors, kronecker_eigenvalues
 from offline.dictionary import learn_dictionary
-from offline.pipeline import Run
+from offline.pipeline import Run, discover
 from offline.progress import Progress
 from offline.rows import RowStore
 from offline.whitening import fit_whitening
@@ -58,6 +59,20 @@ def test_the_paper_recipe_runs_to_its_atoms(tiny_config: Callable[..., DiscoverC
     assert torch.allclose(dictionary.atoms.norm(dim=1), torch.ones(len(dictionary.atoms)), atol=1e-5)
     selection = run.select(store, (dictionary, dictionary.atoms))
     assert any(code < 0 for candidate in selection.chosen for code in candidate.codes), "codes have no sign"
+
+
+def test_the_paper_recipe_ends_in_a_package_that_steers(
+    tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
+    package = discover(with_recipe(tiny_config(tmp_path / "package"), "paper"), QUIET)
+    conventions, recorded = package.manifest.conventions, package.manifest.record["config"]
+    assert conventions.path is None and conventions.unprojection_exponent == 0.5
+    assert (recorded["dictionary"]["learner"], recorded["curvature"]["eigenvalues"]) == ("scikit-learn", "kronecker")
+    assert len(package.manifest.atoms) == 4
+    for card in package.manifest.atoms:
+        assert package.bank.compose(Mix.of({card.id: 1.0}), package.composition)
+        costs = [package.predicted_kl(Mix.of({card.id: c})) for c in (-1.0, 1.0)]
+        assert sum(costs) / 2 == pytest.approx(0.05, rel=0.1), "calibrated as any atom"
 
 
 def test_our_learner_reaches_an_objective_no_higher_than_scikit_learn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from offline.config import DiscoverConfig, SteeringConfig
 from offline.corpus import EncodedDocument, collate, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer
 from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
-from offline.evaluation.supervised import read_labels, supervised_directions
+from offline.evaluation.document_controls import document_controls, read_labels
 from offline.gradients import FullGradients, gradient_hooks, label_logits, mean_losses
 from offline.models import frozen_lora
 from offline.pipeline import discover
@@ -83,10 +84,10 @@ def labelled(tiny_data: Path, tokenizer: PreTrainedTokenizerFast, label: str) ->
 def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
     unprojected: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
 ) -> None:
-    directions = supervised_directions(
-        unprojected, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99,
+    directions = document_controls(
+        unprojected, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99, 0,
         Progress(quiet=True), batch_tokens=300,
-    )  # fmt: skip
+    ).labelled  # fmt: skip
     space, projection = unprojected.base_adapter.space, projection_of(unprojected)
     peft = frozen_lora(tiny_model, unprojected.path / "base", space)
     total: dict[str, torch.Tensor] = {}
@@ -105,23 +106,27 @@ def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
     assert abs(float(made[0] @ made[1])) < 0.95
 
 
-def test_beside_paths_the_supervised_direction_is_a_path(
+def test_beside_paths_the_directions_of_documents_are_paths(
     tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
 ) -> None:
-    made = supervised_directions(
-        tiny_package, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no"}, 99, Progress(quiet=True),
+    made = document_controls(
+        tiny_package, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no"}, 99, 2, Progress(quiet=True),
         batch_tokens=300,
-    )["yes-no"]  # fmt: skip
+    )  # fmt: skip
     space = tiny_package.base_adapter.space
     path = tiny_package.manifest.conventions.path
     assert path is not None
     peft = frozen_lora(tiny_model, tiny_package.path / "base", space)
     pool = encode_corpus(read_corpus(tiny_data), tiny_tokenizer, 512).documents
     maker = PathMaker.of(peft, space, pool, SteeringConfig(**dict(path)), 300)
-    expected = maker.direction(labelled(tiny_data, tiny_tokenizer, "yes-no"))
+    drawn = [random.Random(f"draw {n}").sample(pool, maker.config.documents) for n in range(2)]
+    groups = [labelled(tiny_data, tiny_tokenizer, "yes-no"), *drawn]
+    expected = [maker.direction(group) for group in groups]
     peft.unload()
-    for key, value in expected.items():
-        torch.testing.assert_close(made[key], value, rtol=1e-4, atol=1e-6)
+    for found, wanted in zip((made.labelled["yes-no"], *made.random), expected, strict=True):
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6)
+    assert set(map(len, drawn)) == {maker.config.documents}
 
 
 @pytest.mark.parametrize(("field", "label"), [("task", "opera"), ("genre", "yes-no")], ids=["label", "field"])
@@ -130,8 +135,8 @@ def test_labels_that_are_not_there_are_named(
     field: str, label: str,
 ) -> None:  # fmt: skip
     with pytest.raises(DataError, match="opera|genre"):
-        supervised_directions(
-            tiny_package, tiny_model, tiny_tokenizer, tiny_data, field, {"yes-no": label}, 9, Progress(quiet=True)
+        document_controls(
+            tiny_package, tiny_model, tiny_tokenizer, tiny_data, field, {"yes-no": label}, 9, 1, Progress(quiet=True)
         )
 
 

@@ -19,6 +19,7 @@ from atoms.package import Package
 from atoms.storage import sha256_file
 from offline.evaluation.answers import AnswerLog, Decoding
 from offline.evaluation.config import EvaluateConfig
+from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.evaluate import evaluate
 from offline.evaluation.results import ATOM, UNSTEERED, Evaluation, cards_with_effects, table_rows, to_csv
 from offline.evaluation.statistics import PairedTable, holm, mcnemar_p, paired_interval
@@ -62,8 +63,10 @@ def script(good: str) -> Callable[[str, Mix], str]:
     return say
 
 
-def run(harness, prompts: Path, config: EvaluateConfig, work: Path) -> Evaluation:
-    return evaluate(harness, prompts, config, work, Progress(quiet=True))
+def run(
+    harness, prompts: Path, config: EvaluateConfig, work: Path, documents: DocumentControls | None = None
+) -> Evaluation:
+    return evaluate(harness, prompts, config, work, Progress(quiet=True), documents)
 
 
 def test_the_best_setting_is_chosen_on_dev_and_reported_on_heldout(
@@ -93,9 +96,16 @@ def test_controls_cost_what_the_atom_costs_and_are_compared_with_it(
     scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path
 ) -> None:
     harness, _ = scripted(script(tiny_package.manifest.atoms[0].id))
-    up = run(harness, prompts, config, tmp_path).goals[0]
+    made = [tiny_package.bank.direction(Mix.of({atom.id: 1.0})) for atom in tiny_package.manifest.atoms[:2]]
+    up = run(harness, prompts, config, tmp_path, DocumentControls({"yes-no": made[0]}, made)).goals[0]
     controls = [c for c in up.conditions if c.name not in (ATOM, UNSTEERED)]
-    assert [c.name for c in controls] == ["shuffled", "random-1", "random-2"]
+    assert [c.name for c in controls] == [
+        "shuffled",
+        "random-1",
+        "random-2",
+        "random-documents-1",
+        "random-documents-2",
+    ]
     atom = up.condition(ATOM)
     for control in controls:
         assert control.kl == pytest.approx(atom.kl, rel=0.05) and control.predicted_kl is None
