@@ -101,12 +101,13 @@ class DictionaryConfig:
 class SelectConfig:
     """Which dictionary atoms go on to calibration: supported, coherent against chance, stable across seeds, distinct.
 
-    Best raw coherence first. Of two atoms whose gradients have a cosine above `max_cosine` the better is kept.
+    `min_documents` None: half as many as the dictionary's atoms have on average. Best raw coherence first. Of two atoms whose
+    gradients have a cosine above `max_cosine` the better is kept.
     `sign_aligned`: a document with a negative code counts with its gradient reversed.
     """
 
     keep: int = 24
-    min_documents: int = 6
+    min_documents: int | None = None
     min_z: float = 3.0
     max_cosine: float = 0.5
     min_stability: float = 0.5
@@ -115,7 +116,9 @@ class SelectConfig:
 
     def __post_init__(self) -> None:
         _require(self.keep >= 1, "keep", self.keep, "at least 1")
-        _require(self.min_documents >= 2, "min_documents", self.min_documents, "at least 2")
+        _require(
+            self.min_documents is None or self.min_documents >= 2, "min_documents", self.min_documents, "at least 2"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "curvature": {"eigenvalues": "kronecker", "damping": 1e-6, "absolute_damping": True},
         "whitening": {"centred": False, "ridge": 0.0},
         "dictionary": {"learner": "scikit-learn", "nonnegative": False},
-        "select": {"min_z": -1e6, "max_cosine": 1.0, "min_stability": 0.0, "sign_aligned": False},
+        "select": {"min_documents": 6, "min_z": -1e6, "max_cosine": 1.0, "min_stability": 0.0, "sign_aligned": False},
         "steering": {"steps": 0},
         "calibrate": {"exponent": 0.5},
     },

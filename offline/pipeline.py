@@ -62,7 +62,7 @@ from offline.passes import quicken
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
-from offline.select import Candidate, Sparsity, candidates, keywords, select, stability
+from offline.select import Candidate, Sparsity, candidates, keywords, least_support, select, stability
 from offline.steering import PathMaker
 from offline.whitening import fit_whitening
 from offline.workspace import Workspace
@@ -234,9 +234,9 @@ class Run:
         gradients = store.whitening.undo(dictionary.atoms, 0.5)
         chosen = select(found, gradients, stabilities, config.select)
         self.progress.say(
-            f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least {config.select.min_documents} documents, "
-            f"{len(chosen)} kept (z ≥ {config.select.min_z:g}, |cos| ≤ {config.select.max_cosine:g}, "
-            f"at most {config.select.keep})"
+            f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least "
+            f"{least_support(codes, config.select)} documents, {len(chosen)} kept (z ≥ {config.select.min_z:g}, "
+            f"|cos| ≤ {config.select.max_cosine:g}, at most {config.select.keep})"
         )
         if not chosen:
             raise DataError(

@@ -24,6 +24,7 @@ from offline.dictionary import Codes
 from offline.rows import RowStore
 
 _NULL_SETS = 64
+_LEAST_DOCUMENTS = 6
 _POOL_BLOCK = 128
 """Vectors of random sets that are read at once: what their sums need does not grow with the corpus."""
 _LENGTH_BINS = 8
@@ -56,16 +57,24 @@ class Sparsity:
         return cls(codes.starts.diff().int(), torch.bincount(per_document).int())
 
 
+def least_support(codes: Codes, config: SelectConfig) -> int:
+    """The fewest documents of an atom that goes on: as configured, or half of the dictionary's mean, but at least 6.
+
+    A behaviour that splits leaves splinters of few documents that are more coherent than any whole one.
+    """
+    return config.min_documents or max(_LEAST_DOCUMENTS, round(len(codes.places) / codes.atoms / 2))
+
+
 def candidates(
     store: RowStore, codes: Codes, lengths: Sequence[int], config: SelectConfig, seed: int
 ) -> list[Candidate]:
     """All atoms with enough support, with coherence. lengths: T of every document of the corpus."""
     null = LengthMatchedSets(codes.documents.tolist(), lengths, seed)
-    found = []
+    least, found = least_support(codes, config), []
     for atom in range(codes.atoms):
         places, values = codes.of(atom)
         support = len(values)
-        if support < config.min_documents:
+        if support < least:
             continue
         top = torch.argsort(values.abs(), descending=True, stable=True)[: config.top_documents]
         members, strongest = codes.documents[places[top]].tolist(), values[top]

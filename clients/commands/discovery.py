@@ -75,7 +75,9 @@ def discover(
         str, typer.Option(help="default, or paper: the published pipeline's choices, for comparison.")
     ] = "default",
     keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 24,
-    min_documents: Annotated[int, typer.Option(help="Fewest documents that support an atom.")] = 6,
+    min_documents: Annotated[
+        int | None, typer.Option(help="Fewest documents that support an atom; default: half the dictionary's mean.")
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -133,7 +135,7 @@ def discover(
                                   components=components, **settings("curvature", damping=damping)),
         whitening=WhiteningConfig(**settings("whitening", ridge=ridge)),
         dictionary=DictionaryConfig(atoms=atoms, alpha=alpha, **settings("dictionary", nonnegative=nonnegative)),
-        select=SelectConfig(keep=keep, min_documents=min_documents, **settings("select")),
+        select=SelectConfig(keep=keep, **settings("select", min_documents=min_documents)),
         steering=SteeringConfig(**settings("steering", steps=steps)),
         calibrate=CalibrateConfig(composition=composition, prompts=calibration_prompts,  # type: ignore[arg-type]
                                   continuation_tokens=continuation_tokens, coefficients=numbers(coefficients),

@@ -15,7 +15,16 @@ from offline.config import SelectConfig
 from offline.corpus import Document
 from offline.dictionary import Codes
 from offline.rows import RowStore, shard_path
-from offline.select import Candidate, LengthMatchedSets, candidates, coherence, keywords, select, stability
+from offline.select import (
+    Candidate,
+    LengthMatchedSets,
+    candidates,
+    coherence,
+    keywords,
+    least_support,
+    select,
+    stability,
+)
 
 
 def test_coherence_is_the_mean_pairwise_cosine_sign_aligned() -> None:
@@ -76,6 +85,15 @@ def grouped(tmp_path: Path) -> tuple[RowStore, Codes]:
     codes[20:60:4, 1] = 0.5
     codes[33, 2] = 1.0
     return RowStore(tmp_path, RowWhitening.centring(rows.mean(0))), Codes.of_matrix(torch.arange(60), codes)
+
+
+def test_an_atom_needs_half_the_documents_of_the_mean_atom_unless_said_otherwise() -> None:
+    codes = torch.zeros(60, 3)
+    codes[:40, 0] = codes[40:, 1] = codes[:3, 2] = 1.0  # 63 documents in three atoms
+    assert least_support(Codes.of_matrix(torch.arange(60), codes), SelectConfig()) == 10
+    assert least_support(Codes.of_matrix(torch.arange(60), codes), SelectConfig(min_documents=2)) == 2
+    few = Codes.of_matrix(torch.arange(4), torch.eye(4))
+    assert least_support(few, SelectConfig()) == 6, "fewer than six documents say nothing"
 
 
 def test_a_coherent_group_stands_out_and_a_random_one_does_not(grouped: tuple[RowStore, Codes]) -> None:
