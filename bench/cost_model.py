@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import atoms.projection
-from offline.config import DictionaryConfig
+from offline.config import DictionaryConfig, SteeringConfig
 from offline.dictionary import learn_dictionary
 from offline.plan import DICTIONARY_PASSES, made_up_rows
 from offline.progress import Progress
@@ -100,6 +100,8 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
     documents, count, dim = options.documents, options.atoms, options.components
     tokens = documents * options.tokens
     operations = iteration_operations(documents, count, dim, small)
+    path = SteeringConfig()
+    steps = path.steps * path.documents  # passes over a document, which counts as one of the corpus though it is cut
     hours = {name: DICTIONARY_PASSES * value / options.flops / 3600 for name, value in operations.items()}
     return {
         "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),
@@ -107,6 +109,7 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
         "rows on disk": f"{documents * (4 * dim + 16) / 2**30:,.0f} GiB, and sketches",
         **{f"dictionary, {DICTIONARY_PASSES} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
+        f"directions of {options.kept} atoms": _hours(options.kept * steps * options.tokens / options.pass_rate / 3600),
         "atoms, AᵀX and their copies in memory": f"{16 * count * dim / 2**30:,.1f} GiB",
         "codes of all documents (selection) in memory": f"{documents * (12 * USED + 8) / 2**30:,.2f} GiB",
         f"drift matrix of {options.kept} atoms": f"{2 * options.kept + 1} forward passes a prompt",
