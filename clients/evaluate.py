@@ -9,16 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 from atoms.errors import ConfigError, DataError
-from atoms.package import PROJECTION, Package
-from atoms.storage import canonical_hash, sha256_file, write_bytes, write_json, write_tensors
+from atoms.package import Package
+from atoms.storage import write_bytes, write_json
 from clients.harness import TABLE_WIDTH, open_harness
 from offline.evaluation import figures
 from offline.evaluation.answers import Decoding
 from offline.evaluation.config import EvaluateConfig
-from offline.evaluation.document_controls import DocumentControls, document_controls
+from offline.evaluation.document_controls import DocumentControls, DocumentGroups, document_controls
 from offline.evaluation.evaluate import evaluate, goals_of
 from offline.evaluation.prompts import demo_data, read_prompts
 from offline.evaluation.results import (
@@ -136,25 +135,10 @@ def _document_controls(
     labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
     if not labelled.data.is_file():
         raise DataError(f"{labelled.data} does not exist or is no file; give the labelled documents with --data")
-    manifest = package.manifest
-    recipe = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION], sha256_file(labelled.data),
-              labelled.field, labels, labelled.most, config.random_controls, manifest.conventions.model_dump()]  # fmt: skip
-    folder = work / f"documents-{canonical_hash(recipe)[:16]}"
-    files = {behaviour: folder / f"{behaviour}.safetensors" for behaviour in behaviours}
-    draws = [folder / f"random-{n + 1}.safetensors" for n in range(config.random_controls)]
-    if not all(file.exists() for file in (*files.values(), *draws)):
-        model, tokenizer = load_base(package, options)
-        made = document_controls(package, model, tokenizer, labelled.data, labelled.field, labels, labelled.most,
-                                 len(draws), progress)  # fmt: skip
-        for behaviour, direction in made.labelled.items():
-            write_tensors(files[behaviour], direction)
-        for file, direction in zip(draws, made.random, strict=True):
-            write_tensors(file, direction)
-        del model
-        gc.collect()
-    return DocumentControls(
-        {name: load_file(file) for name, file in files.items()}, [load_file(file) for file in draws]
-    )
+    groups = DocumentGroups(labelled.data, labelled.field, labels, labelled.most, config.random_controls, config.seed)
+    made = document_controls(package, groups, lambda: load_base(package, options), work / "documents", progress)
+    gc.collect()  # the unmerged model
+    return made
 
 
 def _print_end(evaluation: Evaluation, work: Path, updated: Path | None) -> None:

@@ -27,8 +27,8 @@ class Decoding:
     """How answers are decoded: `temperature` 0 is greedy.
 
     Sampled answers to a prompt are drawn with a seed that depends on `seed` and the prompt alone, so mixes are compared
-    with the same random numbers. Sample n of a prompt is the answer that `seed` + n gives. Raises ConfigError for values
-    outside what the API takes.
+    with the same random numbers. Further samples of a prompt have seeds of their own. Raises ConfigError for values outside
+    what the API takes.
     """
 
     max_tokens: int = 48
@@ -50,7 +50,7 @@ class Decoding:
         """The sampling parameters of answer number `sample` to `prompt`."""
         if self.temperature == 0:
             return SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
-        own = int(canonical_hash([prompt, self.seed + sample])[:8], 16)
+        own = int(canonical_hash([prompt, *self._seeds(sample)])[:8], 16)
         return SamplingParams(self.max_tokens, self.temperature, self.top_p, seed=own)
 
     def __str__(self) -> str:
@@ -58,7 +58,10 @@ class Decoding:
 
     def identity(self, sample: int = 0) -> list[float]:
         """What tells its answers from others: nothing but the length of greedy ones, which have no seed."""
-        return [self.max_tokens, *([self.temperature, self.top_p, self.seed + sample] if self.temperature else [])]
+        return [self.max_tokens, *([self.temperature, self.top_p, *self._seeds(sample)] if self.temperature else [])]
+
+    def _seeds(self, sample: int) -> list[int]:
+        return [self.seed, sample] if sample else [self.seed]
 
 
 class Question(NamedTuple):

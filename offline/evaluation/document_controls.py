@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
+
 from atoms.errors import DataError
-from atoms.package import Package
+from atoms.package import PROJECTION, Package
 from atoms.space import Direction
+from atoms.storage import canonical_hash, sha256_file, write_tensors
 from offline.config import SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, read_rows
 from offline.evaluation.controls import projection_of
@@ -32,6 +35,19 @@ _MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
+class DocumentGroups:
+    """What the controls are made of: at most `most` documents of `data` with each behaviour's label, and `draws` groups of
+    random ones, as many as an atom's direction is made of."""
+
+    data: Path
+    label_field: str
+    labels: Mapping[str, str]
+    most: int
+    draws: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class DocumentControls:
     """Directions: of the documents with a behaviour's label, by behaviour, and of random documents, one a draw."""
 
@@ -39,34 +55,62 @@ class DocumentControls:
     random: Sequence[Direction] = ()
 
 
-def document_controls(
-    package: Package, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, label_field: str,
-    labels: Mapping[str, str], most: int, draws: int, progress: Progress, batch_tokens: int = 1024,
-) -> DocumentControls:  # fmt: skip
-    """Directions of at most `most` documents with each behaviour's label, and of `draws` groups of random documents as large
-    as the ones that the package's atoms are made of. Made as the atoms are: a path of gradient steps, or the unprojected
-    mean gradient.
+Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
-    `model` is the unmerged base; it comes back as it was. Raises DataError for a file without the field or a label
-    that no document carries.
+
+def document_controls(
+    package: Package, groups: DocumentGroups, load: Callable[[], Loaded], folder: Path, progress: Progress,
+    batch_tokens: int = 1024,
+) -> DocumentControls:  # fmt: skip
+    """The groups' directions, made as the package's atoms are: a path of gradient steps, or the unprojected mean gradient.
+
+    Kept in `folder`, each in a file of its own; `load` gives the unmerged base and its tokenizer, and is called only if one is
+    missing. Raises DataError for a file without the field or a label that no document carries.
     """
-    documents = encode_corpus(read_corpus(data), tokenizer, _MAX_LENGTH).documents
-    found = read_labels(data, label_field)
-    labelled = [_sample(documents, found, label, data, label_field, most) for label in labels.values()]
+    labelled, drawn = _files(package, groups, folder)
+    if not all(file.exists() for file in (*labelled.values(), *drawn)):
+        _make(package, groups, load(), labelled, drawn, progress, batch_tokens)
+    return DocumentControls(
+        {behaviour: load_file(file) for behaviour, file in labelled.items()}, [load_file(file) for file in drawn]
+    )
+
+
+def _files(package: Package, groups: DocumentGroups, folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """A file for each behaviour and each draw, named after all that decides its direction."""
+    manifest = package.manifest
+    common = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION],
+              manifest.conventions.model_dump(), sha256_file(groups.data), groups.most, groups.seed]  # fmt: skip
+
+    def file(kind: str, *own: object) -> Path:
+        return folder / f"{kind}-{canonical_hash([*common, *own])[:16]}.safetensors"
+
+    labelled = {behaviour: file("labelled", groups.label_field, label) for behaviour, label in groups.labels.items()}
+    return labelled, [file("random", n) for n in range(groups.draws)]
+
+
+def _make(
+    package: Package, groups: DocumentGroups, loaded: Loaded, labelled: Mapping[str, Path], drawn: Sequence[Path],
+    progress: Progress, batch_tokens: int,
+) -> None:  # fmt: skip
+    """Makes and writes the directions whose files are missing."""
+    model, tokenizer = loaded
+    documents = encode_corpus(read_corpus(groups.data), tokenizer, _MAX_LENGTH).documents
     path = package.manifest.conventions.path
     config = SteeringConfig(**dict(path)) if path else None
-    size = min(config.documents if config else most, len(documents))
-    groups = [*labelled, *(random.Random(f"draw {n}").sample(documents, size) for n in range(draws))]
-    space = package.base_adapter.space
-    peft = frozen_lora(model, package.path / "base", space)
+    size = min(config.documents if config else groups.most, len(documents))
+    found = read_labels(groups.data, groups.label_field)
+    wanted = {file: _sample(documents, found, groups, groups.labels[behaviour]) for behaviour, file in labelled.items()}
+    wanted |= {file: random.Random(f"{groups.seed} {n}").sample(documents, size) for n, file in enumerate(drawn)}
+    missing = {file: members for file, members in wanted.items() if not file.exists()}
+    peft = frozen_lora(model, package.path / "base", package.base_adapter.space)
     try:
-        with progress.task("directions of documents", len(groups), "groups") as bar:
-            maker = config and PathMaker.of(peft, space, documents, config, batch_tokens)
-            made = []
-            for group in groups:
-                made.append(maker.direction(group) if maker else unprojected_mean(package, peft, group, batch_tokens))
+        with progress.task("directions of documents", len(missing), "groups") as bar:
+            maker = config and PathMaker.of(peft, package.base_adapter.space, documents, config, batch_tokens)
+            for file, members in missing.items():
+                write_tensors(
+                    file, maker.direction(members) if maker else unprojected_mean(package, peft, members, batch_tokens)
+                )
                 bar.advance()
-        return DocumentControls(dict(zip(labels, made[: len(labels)], strict=True)), made[len(labels) :])
     finally:
         peft.unload()
 
@@ -99,18 +143,13 @@ def unprojected_mean(
 
 
 def _sample(
-    documents: Sequence[EncodedDocument],
-    labels: Sequence[str | None],
-    label: str,
-    data: Path,
-    label_field: str,
-    most: int,
+    documents: Sequence[EncodedDocument], labels: Sequence[str | None], groups: DocumentGroups, label: str
 ) -> list[EncodedDocument]:
-    group = [document for document, found in zip(documents, labels, strict=True) if found == label]
-    if not group:
+    carriers = [document for document, found in zip(documents, labels, strict=True) if found == label]
+    if not carriers:
         known = sorted({found for found in labels if found is not None})
         raise DataError(
-            f"no document of {data} has {label_field} {label!r}; it has {', '.join(known[:12])}: say which label a behaviour "
-            "has with --label BEHAVIOUR=LABEL"
+            f"no document of {groups.data} has {groups.label_field} {label!r}; it has {', '.join(known[:12])}: say which "
+            "label a behaviour has with --label BEHAVIOUR=LABEL"
         )
-    return group if len(group) <= most else random.Random(0).sample(group, most)
+    return carriers if len(carriers) <= groups.most else random.Random(groups.seed).sample(carriers, groups.most)

@@ -99,15 +99,20 @@ def test_a_prompt_is_sampled_with_one_seed_under_every_mix() -> None:
     assert (plain.temperature, plain.top_p) == (0.7, 0.95)
 
 
-def test_a_further_sample_is_the_answer_that_the_next_seed_gives(tmp_path: Path) -> None:
-    engine, log = Echo(), AnswerLog(tmp_path / "log.jsonl")
-    answerer(engine, log, temperature=0.7).answer_questions([Question("p", Mix(), n) for n in range(3)])
+def test_further_samples_have_seeds_of_their_own_whatever_the_seed() -> None:
+    seeds = {Decoding(8, temperature=0.7, seed=seed).sampling("p", n).seed for seed in range(5) for n in range(5)}
+    assert len(seeds) == 25, "two runs with other seeds share answers"
+    assert Decoding(8, temperature=0.7).sampling("p", 0) == Decoding(8, temperature=0.7).sampling("p")
+
+
+def test_further_samples_are_kept_apart_in_the_log(tmp_path: Path) -> None:
+    questions = [Question("p", Mix(), n) for n in range(3)]
+    engine = Echo()
+    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), temperature=0.7).answer_questions(questions)
     assert len(engine.asked) == len(set(engine.asked)) == 3
-    third = engine.sampling[f"p{dict(Mix())}"]
-    answerer(engine, None, temperature=0.7, seed=2).answer(["p"], [Mix()])
-    assert engine.sampling[f"p{dict(Mix())}"] == third
-    answerer(engine, log, temperature=0.7, seed=2).answer(["p"], [Mix()])
-    assert len(engine.asked) == 4, "the log has it"
+    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), temperature=0.7).answer_questions(questions[1:])
+    answerer(engine, AnswerLog(tmp_path / "log.jsonl"), temperature=0.7).answer(["p"], [Mix()])
+    assert len(engine.asked) == 3, "the log has them"
 
 
 @pytest.mark.parametrize(

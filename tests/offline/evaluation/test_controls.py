@@ -20,12 +20,14 @@ from offline.config import DiscoverConfig, SteeringConfig
 from offline.corpus import EncodedDocument, collate, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer
 from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
-from offline.evaluation.document_controls import document_controls, read_labels
+from offline.evaluation.document_controls import DocumentGroups, document_controls, read_labels
 from offline.gradients import FullGradients, gradient_hooks, label_logits, mean_losses
 from offline.models import frozen_lora
 from offline.pipeline import discover
 from offline.progress import Progress
 from offline.steering import PathMaker
+
+QUIET = Progress(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +84,12 @@ def labelled(tiny_data: Path, tokenizer: PreTrainedTokenizerFast, label: str) ->
 
 
 def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
-    unprojected: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
-) -> None:
-    directions = document_controls(
-        unprojected, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99, 0,
-        Progress(quiet=True), batch_tokens=300,
-    ).labelled  # fmt: skip
+    unprojected: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    groups = DocumentGroups(tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99, 0)
+    loaded = (tiny_model, tiny_tokenizer)
+    directions = document_controls(unprojected, groups, lambda: loaded, tmp_path, QUIET, 300).labelled
     space, projection = unprojected.base_adapter.space, projection_of(unprojected)
     peft = frozen_lora(tiny_model, unprojected.path / "base", space)
     total: dict[str, torch.Tensor] = {}
@@ -107,21 +109,19 @@ def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
 
 
 def test_beside_paths_the_directions_of_documents_are_paths(
-    tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path
-) -> None:
-    made = document_controls(
-        tiny_package, tiny_model, tiny_tokenizer, tiny_data, "task", {"yes-no": "yes-no"}, 99, 2, Progress(quiet=True),
-        batch_tokens=300,
-    )  # fmt: skip
+    tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    groups = DocumentGroups(tiny_data, "task", {"yes-no": "yes-no"}, 99, draws=2, seed=7)
+    made = document_controls(tiny_package, groups, lambda: (tiny_model, tiny_tokenizer), tmp_path, QUIET, 300)
     space = tiny_package.base_adapter.space
     path = tiny_package.manifest.conventions.path
     assert path is not None
     peft = frozen_lora(tiny_model, tiny_package.path / "base", space)
     pool = encode_corpus(read_corpus(tiny_data), tiny_tokenizer, 512).documents
     maker = PathMaker.of(peft, space, pool, SteeringConfig(**dict(path)), 300)
-    drawn = [random.Random(f"draw {n}").sample(pool, maker.config.documents) for n in range(2)]
-    groups = [labelled(tiny_data, tiny_tokenizer, "yes-no"), *drawn]
-    expected = [maker.direction(group) for group in groups]
+    drawn = [random.Random(f"7 {n}").sample(pool, maker.config.documents) for n in range(2)]
+    expected = [maker.direction(group) for group in (labelled(tiny_data, tiny_tokenizer, "yes-no"), *drawn)]
     peft.unload()
     for found, wanted in zip((made.labelled["yes-no"], *made.random), expected, strict=True):
         for key, value in wanted.items():
@@ -129,15 +129,38 @@ def test_beside_paths_the_directions_of_documents_are_paths(
     assert set(map(len, drawn)) == {maker.config.documents}
 
 
+def test_only_the_directions_that_are_missing_are_made(
+    tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    loads = []
+
+    def load() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        loads.append(1)
+        return tiny_model, tiny_tokenizer
+
+    def make(labels: dict[str, str], draws: int, seed: int = 0) -> set[Path]:
+        groups = DocumentGroups(tiny_data, "task", labels, 4, draws, seed)
+        document_controls(tiny_package, groups, load, tmp_path, QUIET, 300)
+        return set(tmp_path.iterdir())
+
+    first = make({"yes-no": "yes-no"}, 1)
+    times = {file: file.stat().st_mtime_ns for file in first}
+    more = make({"yes-no": "yes-no", "one-word": "one-word"}, 2)
+    assert (len(first), len(more), len(loads)) == (2, 4, 2)
+    assert {file: file.stat().st_mtime_ns for file in first} == times, "a direction was made again"
+    assert make({"one-word": "one-word"}, 1) == more and len(loads) == 2, "nothing was missing"
+    assert len(make({"yes-no": "yes-no"}, 1, seed=1)) == 6, "another seed draws other documents"
+
+
 @pytest.mark.parametrize(("field", "label"), [("task", "opera"), ("genre", "yes-no")], ids=["label", "field"])
 def test_labels_that_are_not_there_are_named(
     tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path,
-    field: str, label: str,
+    tmp_path: Path, field: str, label: str,
 ) -> None:  # fmt: skip
     with pytest.raises(DataError, match="opera|genre"):
-        document_controls(
-            tiny_package, tiny_model, tiny_tokenizer, tiny_data, field, {"yes-no": label}, 9, 1, Progress(quiet=True)
-        )
+        groups = DocumentGroups(tiny_data, field, {"yes-no": label}, 9)
+        document_controls(tiny_package, groups, lambda: (tiny_model, tiny_tokenizer), tmp_path, QUIET)
 
 
 def test_labels_are_in_the_order_of_the_documents(tmp_path: Path, tiny_data: Path) -> None:
