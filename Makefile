@@ -66,15 +66,15 @@ bench: install  ## Measure discovery: speed, memory, scale, plan and cost model,
 	$(BIN)/python bench/plan.py
 	$(BIN)/python bench/cost_model.py
 
-# What `make study` compares settings of discovery on, and where it keeps the gradients: make study DATA=FILE.jsonl STUDY=DIR.
-# DATA has labels in the field "task"; they score and nothing else.
-DATA  ?= offline/data/demo_documents.jsonl
-STUDY ?= .cache/study
+# What `make study` compares settings of discovery on: make study STUDY_DATA=FILE.jsonl. Its labels, in the field "task", score
+# and nothing else.
+STUDY_DATA ?= offline/data/demo_documents.jsonl
+STUDY      := .cache/study/$(basename $(notdir $(STUDY_DATA)))
 
-study: install  ## Compare recipes and settings of discovery on the documents DATA (hours)
+study: install  ## Compare recipes and settings of discovery on the documents STUDY_DATA (hours)
 	$(BIN)/python -c "from pathlib import Path; from offline.models import prepare_demo_model as p; p(Path('.cache/models'))"
-	$(BIN)/python -m bench.study_gradients --model .cache/models/smollm2-135m-instruct --data $(DATA) --work $(STUDY)
-	$(BIN)/python -m bench.study --work $(STUDY) --data $(DATA) --packaged --json $(STUDY)/study.json
+	$(BIN)/python -m bench.study_gradients --model .cache/models/smollm2-135m-instruct --data $(STUDY_DATA) --work $(STUDY)
+	$(BIN)/python -m bench.study --work $(STUDY) --data $(STUDY_DATA) --packaged --json $(STUDY)/study.json
 
 # How much `make soak` does. A run of all its parts in minutes: make soak CASES=200 REQUESTS=64 KILLS=1 SIMULATIONS=six DOCS=quick
 CASES       ?= 10000

@@ -8,7 +8,7 @@ dictionary   seconds against scikit-learn's MiniBatchDictionaryLearning, whole a
              held-out rows: the rows of a discovery's working directory (--rows-from), or made-up ones
 kronfluence  covariances and λ against kronfluence's, in its basis and with the same labels. It is no dependency (it asks for
              torchvision, which it does not use here): pip install --no-deps --target DIR kronfluence einops einconv opt-einsum
-memory       peak anonymous memory of whole discoveries of 500, 1,000 and 2,000 short documents against a fine-tuning batch
+memory       peak anonymous memory of whole discoveries of 500, 1,000 and 2,000 documents against a fine-tuning batch
 scale        a dictionary of 2,000 atoms over 12,500 and 50,000 made-up rows: seconds an iteration and peak anonymous memory
 
 Without a part: the first four. Memory is the peak of RssAnon of a process of its own, so only on Linux.

@@ -4,7 +4,7 @@
                           [--only default,"own prompts"] [--nats 0.2 0.4] [--temperature 0.7] [--json FILE]
 
 Paths (offline/steering.py) of documents with a behaviour's label (`task` of each line), so that the path is judged apart from
-the dictionary. Each is scaled to the measured --nats along the unsteered answers; its answers to the neutral development
+the dictionary. Each is scaled to the measured --nats along twelve unsteered answers; its answers to the neutral development
 prompts give the rate and the share that is degenerate. Directions are kept in --work, as are answers.
 """
 
@@ -16,7 +16,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,7 +36,7 @@ from offline.config import SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer, Decoding
 from offline.evaluation.controls import control_direction, projection_of
-from offline.evaluation.document_controls import read_labels
+from offline.evaluation.document_controls import DocumentGroups, read_labels, sample_labelled
 from offline.evaluation.measures import degenerate_share, rate
 from offline.evaluation.prompts import choose_prompts, demo_data, read_prompts
 from offline.models import frozen_lora
@@ -45,14 +45,14 @@ from offline.steering import PathMaker
 from server.embedded.load import EngineOptions, load_base
 
 UNSTEERED = "unsteered"
-MAX_LENGTH = 512
+MAX_LENGTH, FIELD = 512, "task"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Changes of the settings, and functions of offline/steering.py that are replaced."""
+    """Settings, and functions of offline/steering.py that are replaced."""
 
-    settings: Mapping[str, int] = field(default_factory=dict)
+    config: SteeringConfig = SteeringConfig()
     replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
@@ -63,7 +63,7 @@ def with_prompts(exchanged: bool) -> Callable[..., list[EncodedDocument]]:
         documents: Sequence[EncodedDocument], pool: Sequence[EncodedDocument], tokens: int, count: int
     ) -> list[EncodedDocument]:
         longest, made = max(map(len, pool)), []
-        for document in documents[:count]:
+        for document in (2 * list(documents))[:count]:  # few are taken twice, as there
             prompt = random.Random(document.row).choice(pool).prompt_ids if exchanged else document.prompt_ids
             response = document.response_ids[:tokens]
             made.append(EncodedDocument(document.row, prompt[-(longest - len(response)) :], response))
@@ -85,12 +85,12 @@ def without(share: float) -> Callable[[Direction, Direction], dict[str, Tensor]]
 
 VARIANTS = {
     "default": Variant(),
-    "one step": Variant({"steps": 1}),
-    "two steps": Variant({"steps": 2}),
-    "six steps": Variant({"steps": 6}),
-    "6 tokens": Variant({"tokens": 6}),
-    "24 tokens": Variant({"tokens": 24}),
-    "whole responses": Variant({"tokens": MAX_LENGTH}),
+    "one step": Variant(SteeringConfig(steps=1)),
+    "two steps": Variant(SteeringConfig(steps=2)),
+    "six steps": Variant(SteeringConfig(steps=6)),
+    "6 tokens": Variant(SteeringConfig(tokens=6)),
+    "24 tokens": Variant(SteeringConfig(tokens=24)),
+    "whole responses": Variant(SteeringConfig(tokens=MAX_LENGTH)),
     "own prompts": Variant(replaced={"prepared": with_prompts(exchanged=False)}),
     "others' prompts": Variant(replaced={"prepared": with_prompts(exchanged=True)}),
     "shared part left in": Variant(replaced={"downhill": without(0.0)}),
@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     labels = parse_labels(options.label)
+    for behaviour in labels:
+        get_detector(behaviour)  # before any path is made
     names = options.only.split(",") if options.only else list(VARIANTS)
     if unknown := [name for name in names if name not in VARIANTS]:
         parser.error(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
@@ -129,43 +131,44 @@ def directions(
     package: Package, labels: Mapping[str, str], names: Sequence[str], options: argparse.Namespace, progress: Progress
 ) -> dict[tuple[str, str], Direction]:
     """(variant, behaviour) -> its path, made where it is not in `options.work` yet."""
-    recipe = [package.manifest.adapter_hash, sha256_file(options.data), options.documents, options.dtype, dict(labels)]
-    folder = options.work / canonical_hash(recipe)[:16]
-    files = {(n, b): folder / f"{names_file(n)}-{b}.safetensors" for n in names for b in labels}
-    missing = [key for key, file in files.items() if not file.exists()]
+    common = [package.manifest.base_model.weights, package.manifest.adapter_hash, sha256_file(options.data), options.documents,
+              options.dtype]  # fmt: skip
+
+    def file(name: str, behaviour: str) -> Path:
+        variant = VARIANTS[name]
+        recipe = [*common, asdict(variant.config), sorted(variant.replaced), name, labels[behaviour]]
+        return options.work / f"path-{canonical_hash(recipe)[:16]}.safetensors"
+
+    files = {(name, behaviour): file(name, behaviour) for name in names for behaviour in labels}
+    missing = {key: path for key, path in files.items() if not path.exists()}
     if missing:
-        model, tokenizer = load_base(package, EngineOptions(dtype=options.dtype))
-        pool = encode_corpus(read_corpus(options.data), tokenizer, MAX_LENGTH).documents
-        groups = labelled_documents(pool, labels, options)
-        peft = frozen_lora(model, package.path / "base", package.base_adapter.space)
-        with progress.task("paths", len(missing), "paths") as bar:
-            for name in dict.fromkeys(name for name, _ in missing):
-                with ExitStack() as stack:
-                    for function, other in VARIANTS[name].replaced.items():
-                        stack.enter_context(patch(f"offline.steering.{function}", other))
-                    config = replace(SteeringConfig(), **VARIANTS[name].settings)
-                    maker = PathMaker.of(peft, package.base_adapter.space, pool, config, 1024)
-                    for behaviour in (b for n, b in missing if n == name):
-                        write_tensors(files[name, behaviour], maker.direction(groups[behaviour]))
-                        bar.advance()
-        del model, peft
-        gc.collect()
-    return {key: load_file(file) for key, file in files.items()}
+        make_paths(package, labels, missing, options, progress)
+        gc.collect()  # the unmerged model
+    return {key: load_file(path) for key, path in files.items()}
 
 
-def labelled_documents(
-    pool: Sequence[EncodedDocument], labels: Mapping[str, str], options: argparse.Namespace
-) -> dict[str, list[EncodedDocument]]:
-    """Behaviour -> `options.documents` random documents with its label."""
-    found, groups = read_labels(options.data, "task"), {}
-    for behaviour, label in labels.items():
-        carriers = [document for document, own in zip(pool, found, strict=True) if own == label]
-        groups[behaviour] = random.Random(0).sample(carriers, min(options.documents, len(carriers)))
-    return groups
-
-
-def names_file(name: str) -> str:
-    return name.replace(" ", "-").replace("'", "")
+def make_paths(
+    package: Package, labels: Mapping[str, str], missing: Mapping[tuple[str, str], Path], options: argparse.Namespace,
+    progress: Progress,
+) -> None:  # fmt: skip
+    model, tokenizer = load_base(package, EngineOptions(dtype=options.dtype))
+    pool, found = (
+        encode_corpus(read_corpus(options.data), tokenizer, MAX_LENGTH).documents,
+        read_labels(options.data, FIELD),
+    )
+    wanted = DocumentGroups(options.data, FIELD, labels, options.documents)
+    groups = {behaviour: sample_labelled(pool, found, wanted, label) for behaviour, label in labels.items()}
+    space = package.base_adapter.space
+    peft = frozen_lora(model, package.path / "base", space)
+    with progress.task("paths", len(missing), "paths") as bar:
+        for name in dict.fromkeys(name for name, _ in missing):
+            with ExitStack() as stack:
+                for function, other in VARIANTS[name].replaced.items():
+                    stack.enter_context(patch(f"offline.steering.{function}", other))
+                maker = PathMaker.of(peft, space, pool, VARIANTS[name].config, 1024)
+                for behaviour in (b for n, b in missing if n == name):
+                    write_tensors(missing[name, behaviour], maker.direction(groups[behaviour]))
+                    bar.advance()
 
 
 def judge(

@@ -12,6 +12,8 @@ and the Fisher in them. Discovery itself never keeps whole gradients (offline/ro
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 from atoms.adapter import adapter_delta, read_adapter, write_adapter
 from atoms.model import choose_dtype, load_model
 from atoms.space import LoRASpace
-from atoms.storage import new_directory, write_tensors
+from atoms.storage import new_directory, sha256_file, write_json, write_tensors
 from offline.config import FinetuneConfig
 from offline.corpus import collate, encode_corpus, plan_batches, read_corpus, sample_documents
 from offline.curvature import factors_from_tensors, factors_to_tensors, fit_eigenvalues, fit_factors
@@ -62,12 +64,24 @@ def main() -> None:
     base, tokenizer = load_model(options.model, choose_dtype(device, options.dtype), device, None)
     documents = encode_corpus(read_corpus(options.data, limit=options.limit), tokenizer, options.max_length).documents
     options.work.mkdir(parents=True, exist_ok=True)
+    check_inputs(options)
     adapter = options.adapter or fine_tuned(base, documents, options, progress)
     space = read_adapter(adapter).space
     model = frozen_lora(base, adapter, space)
     if not (options.work / "eigenvalues.safetensors").exists():
         keep_curvature(model, space, documents, options, progress)
     keep_gradients(model, space, documents, options, progress)
+
+
+def check_inputs(options: argparse.Namespace) -> None:
+    """Ends the program if `options.work` holds gradients of other documents or settings; else notes what they are of."""
+    inputs = {name: str(value) for name, value in vars(options).items() if name not in ("work", "data")}
+    inputs["data"], file = sha256_file(options.data), options.work / "inputs.json"
+    if not file.exists():
+        write_json(file, inputs)
+    elif (before := json.loads(file.read_text())) != inputs:
+        changed = ", ".join(name for name, value in inputs.items() if before.get(name) != value)
+        sys.exit(f"{options.work} is of another {changed}; give another --work")
 
 
 def fine_tuned(base, documents, options: argparse.Namespace, progress: Progress) -> Path:

@@ -101,8 +101,8 @@ class DictionaryConfig:
 class SelectConfig:
     """Which dictionary atoms go on to calibration: supported, coherent against chance, stable across seeds, distinct.
 
-    `min_documents` None: half as many as the dictionary's atoms have on average. Best raw coherence first. Of two atoms whose
-    gradients have a cosine above `max_cosine` the better is kept.
+    `min_documents` None: half as many as the dictionary's atoms have on average, at least 6. Best raw coherence first. Of two
+    atoms whose gradients have a cosine above `max_cosine` the better is kept.
     `sign_aligned`: a document with a negative code counts with its gradient reversed.
     """
 

@@ -2,7 +2,8 @@
 
 The plain way keeps the logits in float32, their log-probabilities, a zeroed gradient and the gradient: four times (n, V),
 with vocabularies of 50,000 to 260,000 the largest things of a pass. Here the logits stay as the model made them and their
-gradient is the only other (n, V); what is in float32 fits into a cache.
+gradient is the only other (n, V); what is in float32 fits into a cache. (Passes that sample labels still make
+probabilities of them all: offline/curvature.py.)
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_PART = 2**20
-"""Elements of the logits that are in float32 at once: 4 MiB."""
+_PART, _PART_ELSEWHERE = 2**20, 2**26
+"""Elements of the logits that are in float32 at once: 4 MiB, which caches hold, on CPUs; on devices, where every part is a few
+launches, 256 MiB."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -45,5 +47,5 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _PART // logits.shape[1])
+    size = max(1, (_PART if logits.device.type == "cpu" else _PART_ELSEWHERE) // logits.shape[1])
     return (slice(start, start + size) for start in range(0, len(logits), size))

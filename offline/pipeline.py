@@ -87,7 +87,7 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
         chosen = run.select(store, dictionary)
         directions = run.directions(adapter, projection, store, dictionary, chosen)
         atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen, directions)
-        run.package(adapter, projection, store, dictionary, chosen.sparsity, atoms, drift)
+        run.package(adapter, projection, store, dictionary, chosen, atoms, drift)
     ranks.wait()
     return Package.read(config.out)
 
@@ -95,12 +95,13 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
 @dataclass(frozen=True)
 class Selection:
     """The chosen candidates, the documents that each is steered towards (row numbers, by dictionary atom), every dictionary
-    atom's stability across seeds, (K,), and how sparse the codes are."""
+    atom's stability across seeds, (K,), how sparse the codes are, and the fewest documents of a candidate."""
 
     chosen: list[Candidate]
     documents: dict[int, list[int]]
     stabilities: Tensor
     sparsity: Sparsity
+    least_documents: int
 
 
 class Run:
@@ -231,20 +232,21 @@ class Run:
         lengths = [len(document.response_ids) for document in self.encoded.documents]
         found = candidates(store, codes, lengths, config.select, config.seed)
         stabilities = stability(dictionary.atoms, second)
+        least = least_support(codes, config.select)
         gradients = store.whitening.undo(dictionary.atoms, 0.5)
         chosen = select(found, gradients, stabilities, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least "
-            f"{least_support(codes, config.select)} documents, {len(chosen)} kept (z ≥ {config.select.min_z:g}, "
+            f"{least} documents, {len(chosen)} kept (z ≥ {config.select.min_z:g}, "
             f"|cos| ≤ {config.select.max_cosine:g}, at most {config.select.keep})"
         )
         if not chosen:
             raise DataError(
                 f"no atom of {len(dictionary.atoms)} passed the selection; give more documents (there are "
-                f"{len(self.corpus.documents)}), or lower --min-documents or --alpha"
+                f"{len(self.corpus.documents)}), or lower --min-documents ({least}) or --alpha"
             )
         documents = {c.atom: codes.strongest(c.atom, config.steering.documents) for c in chosen}
-        return Selection(chosen, documents, stabilities, Sparsity.of(codes))
+        return Selection(chosen, documents, stabilities, Sparsity.of(codes), least)
 
     def directions(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
@@ -329,17 +331,17 @@ class Run:
 
     def package(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
-        sparsity: Sparsity, atoms: Sequence[DiscoveredAtom], drift: Tensor,
+        selection: Selection, atoms: Sequence[DiscoveredAtom], drift: Tensor,
     ) -> Package:  # fmt: skip
         """Writes the package and returns it, read back."""
         discovery = Discovery(
-            self.config, self.base_ref, adapter, projection, dictionaries[0], store.whitening, sparsity, list(atoms), drift,
-            self.corpus, self.facts(), self.progress.costs,
+            self.config, self.base_ref, adapter, projection, dictionaries[0], store.whitening, selection.sparsity, list(atoms),
+            drift, self.corpus, self.facts(selection), self.progress.costs,
         )  # fmt: skip
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)
         return Package.read(self.config.out)
 
-    def facts(self) -> dict[str, object]:
+    def facts(self, selection: Selection) -> dict[str, object]:
         """Counts and hashes for the run record."""
         return {
             "data_hash": self.corpus.content_hash,
@@ -347,6 +349,7 @@ class Run:
             "skipped_lines": self.corpus.skipped,
             "truncated_prompts": self.encoded.truncated,
             "tokens": self.encoded.tokens,
+            "least_documents_of_an_atom": selection.least_documents,
             "ranks": self.ranks.count,
         }
 

@@ -134,9 +134,9 @@ class Plan:
 
 
 def held_rows(config: DictionaryConfig, rows: int, components: int, atoms: int) -> int:
-    """Bytes of all rows and codes at once: of none for our learner, which reads the shards; scikit-learn takes float64 beside
-    the float32 rows, and is followed by dense codes."""
-    return rows * (12 * components + 4 * atoms) if config.learner == "scikit-learn" else 0
+    """Bytes of rows that a learner holds at once: none for ours, which reads the shards. scikit-learn takes float64 and
+    shuffles a copy, beside the float32 rows; then these are coded at once, with dense working space for their codes."""
+    return rows * max(20 * components, 4 * components + 18 * atoms) if config.learner == "scikit-learn" else 0
 
 
 def make_plan(config: DiscoverConfig, progress: Progress) -> Plan:

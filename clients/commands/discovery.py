@@ -76,7 +76,8 @@ def discover(
     ] = "default",
     keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 24,
     min_documents: Annotated[
-        int | None, typer.Option(help="Fewest documents that support an atom; default: half the dictionary's mean.")
+        int | None,
+        typer.Option(help="Fewest documents that support an atom; default: half the dictionary's mean, at least 6."),
     ] = None,
     steps: Annotated[
         int | None,

@@ -99,7 +99,10 @@ def _make(
     config = SteeringConfig(**dict(path)) if path else None
     size = min(config.documents if config else groups.most, len(documents))
     found = read_labels(groups.data, groups.label_field)
-    wanted = {file: _sample(documents, found, groups, groups.labels[behaviour]) for behaviour, file in labelled.items()}
+    wanted = {
+        file: sample_labelled(documents, found, groups, groups.labels[behaviour])
+        for behaviour, file in labelled.items()
+    }
     wanted |= {file: random.Random(f"{groups.seed} {n}").sample(documents, size) for n, file in enumerate(drawn)}
     missing = {file: members for file, members in wanted.items() if not file.exists()}
     peft = frozen_lora(model, package.path / "base", package.base_adapter.space)
@@ -142,9 +145,10 @@ def unprojected_mean(
     return projection.unproject(row / row.norm().clamp_min(1e-30), package.manifest.conventions.unprojection_exponent)
 
 
-def _sample(
+def sample_labelled(
     documents: Sequence[EncodedDocument], labels: Sequence[str | None], groups: DocumentGroups, label: str
 ) -> list[EncodedDocument]:
+    """At most `groups.most` random documents that carry `label`, of `labels` one a document. Raises DataError if none does."""
     carriers = [document for document, found in zip(documents, labels, strict=True) if found == label]
     if not carriers:
         known = sorted({found for found in labels if found is not None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {ATOM: "#1f5fa8", "random": "#8a8a8a", "shuffled": "#b58900", "supervised": "#2a7f4f", UNSTEERED: "#333333"}
+_COLOURS = {
+    ATOM: "#1f5fa8", "random": "#8a8a8a", "random-documents": "#6c4ba0", "shuffled": "#b58900", "supervised": "#2a7f4f",
+    UNSTEERED: "#333333",
+}  # fmt: skip
 _LINES = ("#1f5fa8", "#c0392b", "#2a7f4f", "#b58900", "#6c4ba0", "#00808a", "#8a5a2b", "#8a8a8a")
 _MOST_LINES = len(_LINES)
+
+
+def _kind(condition: str) -> str:
+    """The condition without the number of its draw."""
+    return re.sub(r"-\d+$", "", condition)
 
 
 def require_matplotlib() -> None:
@@ -69,7 +78,7 @@ def effects(evaluation: Evaluation) -> Figure | None:
     for place, (goal, condition) in enumerate(shown):
         change = condition.to_unsteered
         assert change is not None
-        colour = _COLOURS[condition.name.split("-")[0]]
+        colour = _COLOURS[_kind(condition.name)]
         axis.plot([100 * change.low, 100 * change.high], [-place, -place], color=colour, lw=2)
         axis.plot(100 * change.difference, -place, "o", color=colour, ms=5)
         labels.append(f"{goal.goal}: {condition.name}" if condition.name == ATOM else condition.name)
@@ -134,8 +143,7 @@ def _dose_panel(axis: Axes, result: GoalResult) -> None:
     _curve(axis, x, [rates[c] for c in x], _COLOURS[ATOM], choice.name)
     controls = [c for c in result.conditions if c.name not in (ATOM, UNSTEERED)]
     for place, control in enumerate(controls, 1):
-        kind = control.name.split("-")[0]
-        _point(axis, choice.coefficient + 0.12 * place, control.rate, _COLOURS[kind], control.name)
+        _point(axis, choice.coefficient + 0.12 * place, control.rate, _COLOURS[_kind(control.name)], control.name)
     axis.axvline(choice.coefficient, color="#999999", lw=0.8, ls=":")
     axis.set_title(
         f"{result.goal} ({result.goal.kind} prompts, n = {atom.rate.n}, KL {atom.kl:.2f})", fontsize=9, loc="left"
