@@ -64,7 +64,7 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
         finetune=FinetuneConfig(epochs=1.0),
         curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=64),
         dictionary=DictionaryConfig(),
-        select=SelectConfig(keep=12),
+        select=SelectConfig(keep=12, min_documents=6),  # a behaviour of the demo has 34 documents to learn from
         calibrate=CalibrateConfig(prompts=4, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=4),
     )  # fmt: skip
