@@ -98,9 +98,17 @@ def try_settings(
 
 
 def best_atoms(settings: Sequence[Setting], count: int) -> list[str]:
-    """The atoms of the `count` largest gains; among equals the one that cost least drift."""
-    ranked = sorted(settings, key=lambda s: (-s.gain, s.predicted_kl))
-    return list(dict.fromkeys(setting.atom for setting in ranked))[:count]
+    """The atoms of the `count` largest gains; among equals the one whose other sign gains least, then the cheapest.
+
+    On few prompts many atoms reach the same gain. One that moves the behaviour both ways is more than a disturbance.
+    """
+    signed = {(s.atom, s.coefficient > 0): s.gain for s in settings}
+
+    def rank(setting: Setting) -> tuple[float, float, float]:
+        other = signed.get((setting.atom, setting.coefficient < 0), 0.0)
+        return (-setting.gain, other, setting.predicted_kl)
+
+    return list(dict.fromkeys(setting.atom for setting in sorted(settings, key=rank)))[:count]
 
 
 def signed_within_range(harness: Harness, atom: str, coefficients: Sequence[float]) -> list[float]:

@@ -22,6 +22,7 @@ from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.evaluate import evaluate
 from offline.evaluation.results import ATOM, UNSTEERED, Evaluation, cards_with_effects, table_rows, to_csv
+from offline.evaluation.search import Setting, best_atoms
 from offline.evaluation.statistics import PairedTable, holm, mcnemar_p, paired_interval
 from offline.progress import Progress
 
@@ -183,6 +184,20 @@ def test_further_greedy_answers_are_refused(scripted: Callable, prompts: Path, t
     with pytest.raises(ConfigError, match="dev_samples is 3, but greedy answers .* temperature above 0"):
         run(harness, prompts, EvaluateConfig(dev_samples=3), tmp_path)
     assert engine.asked == 0
+
+
+def test_of_atoms_that_gain_as_much_one_that_works_both_ways_is_tried_first() -> None:
+    def setting(atom: str, coefficient: float, gain: float, kl: float) -> Setting:
+        return Setting(atom, coefficient, n=6, rate=0.5, gain=gain, degenerate=0.0, predicted_kl=kl)
+
+    settings = [
+        setting("cheap", -2, 0.6, 0.1), setting("cheap", 2, 0.6, 0.1),  # stops the behaviour whatever its sign
+        setting("own", -2, 0.6, 0.3), setting("own", 2, -0.4, 0.3),
+        setting("cheaper", -2, 0.6, 0.05), setting("cheaper", 2, 0.6, 0.05),
+        setting("best", 2, 0.7, 0.4),  # its range has no other side
+        setting("worse", -2, 0.1, 0.1), setting("worse", 2, -0.6, 0.1),
+    ]  # fmt: skip
+    assert best_atoms(settings, 4) == ["best", "own", "cheaper", "cheap"]
 
 
 def test_no_choice_is_said_so(scripted: Callable, prompts: Path, config: EvaluateConfig, tmp_path: Path) -> None:
