@@ -151,11 +151,10 @@ def make_paths(
     package: Package, labels: Mapping[str, str], missing: Mapping[tuple[str, str], Path], options: argparse.Namespace,
     progress: Progress,
 ) -> None:  # fmt: skip
+    """Makes and writes the `missing` paths, one variant after the other: its documents' shared gradient is made once."""
     model, tokenizer = load_base(package, EngineOptions(dtype=options.dtype))
-    pool, found = (
-        encode_corpus(read_corpus(options.data), tokenizer, MAX_LENGTH).documents,
-        read_labels(options.data, FIELD),
-    )
+    pool = encode_corpus(read_corpus(options.data), tokenizer, MAX_LENGTH).documents
+    found = read_labels(options.data, FIELD)
     wanted = DocumentGroups(options.data, FIELD, labels, options.documents)
     groups = {behaviour: sample_labelled(pool, found, wanted, label) for behaviour, label in labels.items()}
     space = package.base_adapter.space
