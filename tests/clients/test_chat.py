@@ -78,7 +78,8 @@ def terminal(real_server: str, tmp_path: Path) -> Iterator[Terminal]:
 
     yield start
     for child in started:
-        child.sendeof()
+        # A line is kept when it comes before the prompt is there; an end of file is lost.
+        child.sendline("/quit")
         child.expect(pexpect.EOF)
         child.close()
         assert child.exitstatus == 0
@@ -91,7 +92,9 @@ def test_commands_and_atoms_complete_and_lines_are_remembered(terminal: Terminal
     child.expect_exact("> ")
     child.send("/mix numbered-list=2,one\t1\r")
     child.expect_exact("[numbered-list=2, one-word=1; predicted KL")
+    child.expect_exact("> ")
     child.sendline("/history")
+    child.expect_exact("> ")
     child.sendeof()
     child.expect(pexpect.EOF)
     child = terminal()
