@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atoms.detectors import Detector, is_degenerate
+from atoms.detectors import Detector
+from atoms.non_answers import is_degenerate
 from offline.evaluation.answers import Answer
 from offline.evaluation.statistics import wilson_interval
 

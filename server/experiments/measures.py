@@ -12,7 +12,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Float, case, cast, func, literal_column, null, select
 
-from atoms.detectors import DETECTORS, is_degenerate, is_refusal
+from atoms.detectors import DETECTORS
+from atoms.non_answers import is_degenerate, is_refusal
 from server.experiments.spec import AUTOMATIC, DETECTOR_PREFIX, MEASURED_KL, Experiment
 from server.experiments.statistics import Moments
 from server.store.tables import exposures, outcomes, responses
