@@ -1,7 +1,8 @@
 """The choice of an atom and a coefficient for each goal, on development prompts alone.
 
-Two rounds, each one batch over all goals: every atom at ± one coefficient on a few prompts gives the candidates; the
-candidates at every coefficient on all prompts, `dev_samples` answers to each, give the choice. It is the setting that
+Two rounds, each one batch over all goals: every atom at ± one coefficient gives the candidates, on a few prompts whose
+unsteered answers are not yet as wanted; the candidates at every coefficient on all prompts, `dev_samples` answers to each,
+give the choice. It is the setting that
 changes the detector's rate most in the wanted direction, of those whose predicted and measured KL and whose share of
 degenerate answers are within the limits; among equals the one of least predicted KL.
 """
@@ -16,7 +17,7 @@ from atoms.mix import Mix
 from offline.evaluation.answers import Answer
 from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.harness import Harness
-from offline.evaluation.measures import degenerate_share, rate
+from offline.evaluation.measures import degenerate_share, outcomes, rate
 from offline.evaluation.results import Choice, Goal
 from offline.progress import Progress
 
@@ -54,7 +55,7 @@ def choose_settings(
     """One choice a goal; None where no setting within the limits moves the behaviour as wanted."""
     candidates: Mapping[Goal, Sequence[str]] = dict.fromkeys(prompts, atoms)
     if len(atoms) > config.candidates:
-        few = {goal: texts[: config.screen_prompts] for goal, texts in prompts.items()}
+        few = screening_prompts(harness, prompts, config.screen_prompts, progress)
         ends = [(atom, c) for atom in atoms for c in clipped_to_range(harness, atom, config.screen_coefficient)]
         screened = try_settings(harness, few, dict.fromkeys(prompts, ends), "screen", progress)
         candidates = {goal: best_atoms(tried.settings, config.candidates) for goal, tried in screened.items()}
@@ -69,6 +70,17 @@ def choose_settings(
             choices[goal] = _choose(harness, goal, found, config)
             bar.advance()
     return choices
+
+
+def screening_prompts(harness: Harness, prompts: Prompts, most: int, progress: Progress) -> dict[Goal, list[str]]:
+    """At most `most` prompts a goal, those first whose unsteered answer is not yet as wanted: no atom shows on the others."""
+    answers = harness.answer("unsteered", [(goal, Mix()) for goal in prompts], prompts, progress)
+    chosen = {}
+    for goal, texts in prompts.items():
+        fired = outcomes(answers[goal, Mix()], get_detector(goal.behaviour))
+        order = sorted(range(len(texts)), key=lambda place: fired[place] == (goal.wanted == "up"))
+        chosen[goal] = [texts[place] for place in order[:most]]
+    return chosen
 
 
 def try_settings(

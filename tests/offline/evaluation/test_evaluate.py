@@ -230,6 +230,26 @@ def test_screening_stays_within_the_tested_range(
     assert (up.choice.atom, up.choice.coefficient, down.choice.coefficient) == (good.id, 1.0, -1.0)
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_screening_asks_what_is_not_yet_as_wanted(
+    scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path, place: int
+) -> None:
+    """The first inviting prompts invite in vain, and a model that lists anyway answers the first neutral ones: no atom shows
+    there, so the one that works is found only where it can."""
+    good = tiny_package.manifest.atoms[place].id
+
+    def say(prompt: str, mix: Mix) -> str:
+        c, inviting = mix.as_dict().get(good, 0.0), prompt.startswith("inviting")
+        if c == (-1.0 if inviting else 1.0):
+            return PROSE if inviting else LIST
+        return LIST if (number(prompt) >= 4) == inviting else PROSE
+
+    harness, _ = scripted(say)
+    up, down = run(harness, prompts, dataclasses.replace(config, candidates=1), tmp_path).goals
+    assert (up.choice.atom, up.choice.coefficient, up.choice.rate_unsteered) == (good, 1.0, 0.5)
+    assert (down.choice.atom, down.choice.coefficient, down.choice.rate_unsteered) == (good, -1.0, 0.5)
+
+
 def test_a_second_run_generates_nothing_and_says_the_same(
     scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path
 ) -> None:
