@@ -103,6 +103,11 @@ def canonical_hash(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
+def recipe_file(folder: Path, kind: str, recipe: object) -> Path:
+    """The safetensors file of `folder` that is named after what it is and, hashed, all that decides its content."""
+    return folder / f"{kind}-{canonical_hash(recipe)[:16]}.safetensors"
+
+
 def _swap_in(temporary: Path, path: Path) -> None:
     """Renames `temporary` to `path`; an old `path` is moved aside first, put back on failure, and removed last."""
     aside = path.with_name(f".{path.name}.replaced-{os.getpid()}")

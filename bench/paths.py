@@ -29,7 +29,7 @@ from atoms.detectors import get_detector
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.space import Direction
-from atoms.storage import canonical_hash, sha256_file, write_tensors
+from atoms.storage import recipe_file, sha256_file, write_tensors
 from clients.evaluate import parse_labels
 from clients.harness import open_harness
 from offline.config import SteeringConfig
@@ -137,7 +137,7 @@ def directions(
     def file(name: str, behaviour: str) -> Path:
         variant = VARIANTS[name]
         recipe = [*common, asdict(variant.config), sorted(variant.replaced), name, labels[behaviour]]
-        return options.work / f"path-{canonical_hash(recipe)[:16]}.safetensors"
+        return recipe_file(options.work, "path", recipe)
 
     files = {(name, behaviour): file(name, behaviour) for name in names for behaviour in labels}
     missing = {key: path for key, path in files.items() if not path.exists()}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from atoms.errors import DataError
 from atoms.package import PROJECTION, Package
 from atoms.space import Direction
-from atoms.storage import canonical_hash, sha256_file, write_tensors
+from atoms.storage import recipe_file, sha256_file, write_tensors
 from offline.config import SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, read_rows
 from offline.evaluation.controls import projection_of
@@ -81,11 +81,9 @@ def _files(package: Package, groups: DocumentGroups, folder: Path) -> tuple[dict
     common = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION],
               manifest.conventions.model_dump(), sha256_file(groups.data), groups.most, groups.seed]  # fmt: skip
 
-    def file(kind: str, *own: object) -> Path:
-        return folder / f"{kind}-{canonical_hash([*common, *own])[:16]}.safetensors"
-
-    labelled = {behaviour: file("labelled", groups.label_field, label) for behaviour, label in groups.labels.items()}
-    return labelled, [file("random", n) for n in range(groups.draws)]
+    labelled = {behaviour: recipe_file(folder, "labelled", [*common, groups.label_field, label])
+                for behaviour, label in groups.labels.items()}  # fmt: skip
+    return labelled, [recipe_file(folder, "random", [*common, n]) for n in range(groups.draws)]
 
 
 def _make(

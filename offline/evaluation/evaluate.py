@@ -24,7 +24,7 @@ from atoms.mix import Mix
 from atoms.package import Package
 from atoms.projection import Projection
 from atoms.space import Direction
-from atoms.storage import canonical_hash, sha256_file, write_tensors
+from atoms.storage import recipe_file, sha256_file, write_tensors
 from offline.calibrate import DriftMeter
 from offline.evaluation.answers import Answer
 from offline.evaluation.config import EvaluateConfig
@@ -129,7 +129,7 @@ def _contenders(
             for name, towards, sign in _controls(harness.package, projection, goal, choice, config, documents):
                 made_of = harness.package.base_adapter.space.hash_tensors(towards)
                 recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, made_of, sign]
-                file = work / "controls" / f"{name}-{canonical_hash(recipe)[:16]}.safetensors"
+                file = recipe_file(work / "controls", name, recipe)
                 direction, kl = _kept_control(file, projection, meter, towards, sign, target)
                 mix = harness.directions.add(f"{name} for {goal}", direction)
                 contenders[goal][name] = Contender(mix, kl)
