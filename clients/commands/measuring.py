@@ -27,6 +27,7 @@ def evaluate(
     candidates: Annotated[int, typer.Option(help="Atoms a goal that are tried at every coefficient.")] = 3,
     screen_prompts: Annotated[int, typer.Option(help="Development prompts on which candidates are found.")] = 6,
     dev_prompts: Annotated[int | None, typer.Option(help="Development prompts a goal; default: all.")] = None,
+    finalists: Annotated[int, typer.Option(help="Settings a goal that are given --dev-samples answers a prompt.")] = 6,
     dev_samples: Annotated[int, typer.Option(help="Sampled answers a development prompt to choose from.")] = 1,
     heldout_prompts: Annotated[int | None, typer.Option(help="Held-out prompts a goal; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 48,
@@ -75,9 +76,9 @@ def evaluate(
 
     config = EvaluateConfig(
         behaviours=tuple(names(behaviours)), wanted=tuple(names(goals)), atoms=tuple(names(atoms)),  # type: ignore[arg-type]
-        coefficients=numbers(coefficients), screen_prompts=screen_prompts, candidates=candidates, dev_prompts=dev_prompts,
-        dev_samples=dev_samples, heldout_prompts=heldout_prompts, max_kl=max_kl, max_degenerate=max_degenerate,
-        kl_prompts=kl_prompts, random_controls=random_controls, curve=not no_curve, seed=seed,
+        coefficients=numbers(coefficients), screen_prompts=screen_prompts, candidates=candidates, finalists=finalists,
+        dev_prompts=dev_prompts, dev_samples=dev_samples, heldout_prompts=heldout_prompts, max_kl=max_kl,
+        max_degenerate=max_degenerate, kl_prompts=kl_prompts, random_controls=random_controls, curve=not no_curve, seed=seed,
     )  # fmt: skip
     labelled = Labelled(data, label_field, parse_labels(label or []), supervised_documents) if data else None
     if label and not data:

@@ -15,8 +15,8 @@ class EvaluateConfig:
 
     Empty behaviours: all of the prompt file; empty atoms: all of the package. Coefficients are magnitudes, tried with both
     signs. Numbers of prompts are per goal; None: all there are. `max_kl` in nats a token. `max_degenerate` is a share of
-    the answers, raised to that of the unsteered answers where those are worse. `dev_samples`: answers to a development
-    prompt from which a choice is made.
+    the answers, raised to that of the unsteered answers where those are worse. `finalists`: settings a goal that are given
+    `dev_samples` answers to each development prompt, from which the choice is made.
     """
 
     behaviours: tuple[str, ...] = ()
@@ -26,6 +26,7 @@ class EvaluateConfig:
     screen_coefficient: float = 2.0
     screen_prompts: int = 6
     candidates: int = 3
+    finalists: int = 6
     dev_prompts: int | None = None
     dev_samples: int = 1
     heldout_prompts: int | None = None
@@ -37,7 +38,15 @@ class EvaluateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("screen_prompts", "candidates", "dev_prompts", "dev_samples", "heldout_prompts", "kl_prompts"):
+        for name in (
+            "screen_prompts",
+            "candidates",
+            "finalists",
+            "dev_prompts",
+            "dev_samples",
+            "heldout_prompts",
+            "kl_prompts",
+        ):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(bool(self.coefficients), "coefficients", self.coefficients, "at least one number")

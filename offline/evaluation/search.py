@@ -1,10 +1,10 @@
 """The choice of an atom and a coefficient for each goal, on development prompts alone.
 
-Two rounds, each one batch over all goals: every atom at ± one coefficient gives the candidates, on a few prompts whose
-unsteered answers are not yet as wanted; the candidates at every coefficient on all prompts, `dev_samples` answers to each,
-give the choice. It is the setting that
-changes the detector's rate most in the wanted direction, of those whose predicted and measured KL and whose share of
-degenerate answers are within the limits; among equals the one of least predicted KL.
+Three rounds, each one batch over all goals: every atom at ± one coefficient gives the candidates, on a few prompts whose
+unsteered answers are not yet as wanted; the candidates at every coefficient, one answer to each prompt, give the finalists;
+those, `dev_samples` answers to each prompt, give the choice. It is the setting that changes the detector's rate most in the
+wanted direction, of those whose predicted and measured KL and whose share of degenerate answers are within the limits;
+among equals the one of least predicted KL.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.harness import Harness
 from offline.evaluation.measures import degenerate_share, outcomes, rate
 from offline.evaluation.results import Choice, Goal
+from offline.evaluation.statistics import wilson_interval
 from offline.progress import Progress
 
 Prompts = Mapping[Goal, Sequence[str]]
@@ -63,13 +64,15 @@ def choose_settings(
         goal: [(atom, c) for atom in chosen for c in signed_within_range(harness, atom, config.coefficients)]
         for goal, chosen in candidates.items()
     }
-    tried = try_settings(harness, prompts, cells, "choose", progress, config.dev_samples)
-    with progress.task("KL of choices", len(tried), "goals") as bar:
-        choices = {}
+    tried = try_settings(harness, prompts, cells, "choose", progress)
+    finalists: dict[Goal, Mapping[tuple[str, float], float]] = {}
+    with progress.task("KL of finalists", len(tried), "goals") as bar:
         for goal, found in tried.items():
-            choices[goal] = _choose(harness, goal, found, config)
+            finalists[goal] = _finalists(harness, found, config)
             bar.advance()
-    return choices
+    last = {goal: list(kls) for goal, kls in finalists.items()}
+    confirmed = try_settings(harness, prompts, last, "confirm", progress, config.dev_samples)
+    return {goal: _choose(harness, goal, found, finalists[goal], config) for goal, found in confirmed.items()}
 
 
 def screening_prompts(harness: Harness, prompts: Prompts, most: int, progress: Progress) -> dict[Goal, list[str]]:
@@ -135,16 +138,41 @@ def clipped_to_range(harness: Harness, atom: str, magnitude: float) -> list[floa
     return [c for c in (max(-magnitude, low), min(magnitude, high)) if c]
 
 
-def _choose(harness: Harness, goal: Goal, tried: Tried, config: EvaluateConfig) -> Choice | None:
-    limit = max(config.max_degenerate, degenerate_share(tried.unsteered))
-    allowed = [s for s in tried.settings if s.gain > 0 and s.predicted_kl <= config.max_kl and s.degenerate <= limit]
-    if not allowed:
-        return None
-    meter = harness.meter(tried.unsteered[: config.kl_prompts])
-    for setting in sorted(allowed, key=lambda s: (-s.gain, s.predicted_kl)):
+def _finalists(harness: Harness, tried: Tried, config: EvaluateConfig) -> dict[tuple[str, float], float]:
+    """(atom, coefficient) -> measured KL of the settings that are looked at more closely, the best first.
+
+    Those within every limit come first; more degenerate answers than allowed are let pass as long as their number may still
+    be chance (the low end of the 95% interval of their share).
+    """
+    limit = _degenerate_limit(tried, config)
+
+    def low(setting: Setting) -> float:
+        return wilson_interval(round(setting.degenerate * setting.n), setting.n)[0]
+
+    possible = [s for s in tried.settings if s.gain > 0 and s.predicted_kl <= config.max_kl and low(s) <= limit]
+    meter, found = harness.meter(tried.unsteered[: config.kl_prompts]), dict[tuple[str, float], float]()
+    for setting in sorted(possible, key=lambda s: (s.degenerate > limit, -s.gain, s.predicted_kl)):
+        if len(found) == config.finalists:
+            break
         kl = harness.kl(meter, setting.mix)
         if kl <= config.max_kl:
-            return Choice(setting.atom, harness.package.card(setting.atom).name, setting.coefficient, setting.n,
-                          rate(tried.unsteered, get_detector(goal.behaviour)), setting.rate, setting.degenerate,
-                          setting.predicted_kl, kl)  # fmt: skip
-    return None
+            found[setting.atom, setting.coefficient] = kl
+    return found
+
+
+def _choose(
+    harness: Harness, goal: Goal, tried: Tried, kls: Mapping[tuple[str, float], float], config: EvaluateConfig
+) -> Choice | None:
+    """The best of the finalists, whose measured KL is `kls`."""
+    limit = _degenerate_limit(tried, config)
+    allowed = [s for s in tried.settings if s.gain > 0 and s.degenerate <= limit]
+    if not allowed:
+        return None
+    best = min(allowed, key=lambda s: (-s.gain, s.predicted_kl))
+    return Choice(best.atom, harness.package.card(best.atom).name, best.coefficient, best.n,
+                  rate(tried.unsteered, get_detector(goal.behaviour)), best.rate, best.degenerate, best.predicted_kl,
+                  kls[best.atom, best.coefficient])  # fmt: skip
+
+
+def _degenerate_limit(tried: Tried, config: EvaluateConfig) -> float:
+    return max(config.max_degenerate, degenerate_share(tried.unsteered))

@@ -179,6 +179,28 @@ def test_further_samples_show_what_the_first_ones_hid(
     assert up.condition(ATOM).rate.n == HELDOUT, "one answer a held-out prompt: the tests are of pairs"
 
 
+@pytest.mark.parametrize(("samples", "finalists", "chosen"), [(1, 6, 0.5), (3, 6, 1.0), (3, 1, 0.5)])
+def test_a_few_loops_are_looked_at_again(
+    scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path, samples: int,
+    finalists: int, chosen: float,
+) -> None:  # fmt: skip
+    """The strong setting loops once, by chance in a first answer: 1 of 8 is above the limit, 1 of 24 is not. Where only one
+    setting is looked at again it is the best of those within the limits."""
+    good = tiny_package.manifest.atoms[0].id
+    plain, strong, looped = script(good), Mix.of({good: 1.0}), Counter()
+
+    def say(prompt: str, mix: Mix) -> str:
+        if mix == strong and prompt.endswith(" dev question 0?"):
+            looped[prompt] += 1
+            return LOOP if looped[prompt] == 1 else plain(prompt, mix)
+        return plain(prompt, mix)
+
+    harness, _ = scripted(say, AnswerLog(tmp_path / "log.jsonl"), Decoding(16, temperature=1.0))
+    changed = dataclasses.replace(config, wanted=("up",), candidates=9, finalists=finalists, dev_samples=samples)
+    (up,) = run(harness, prompts, changed, tmp_path).goals
+    assert (up.choice.atom, up.choice.coefficient, up.choice.n) == (good, chosen, DEV * samples)
+
+
 def test_further_greedy_answers_are_refused(scripted: Callable, prompts: Path, tmp_path: Path) -> None:
     harness, engine = scripted(lambda prompt, mix: PROSE)
     with pytest.raises(ConfigError, match="dev_samples is 3, but greedy answers .* temperature above 0"):
