@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,7 +15,7 @@ from atoms.detectors import DETECTORS
 from atoms.errors import DataError
 from offline.evaluation.prompts import choose_prompts, demo_data, read_neutral_prompts, read_prompts
 
-FILE = demo_data("evaluation_prompts")
+FILES = (demo_data("evaluation_prompts"), demo_data("evaluation_prompts_2"))
 BEHAVIOURS = ("bulleted-list", "numbered-list", "fenced-code", "missing-input", "yes-no")
 
 
@@ -22,8 +23,13 @@ def words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def test_every_cell_has_a_hundred_held_out_prompts() -> None:
-    cells = Counter((p.behaviour, p.kind, p.split) for p in read_prompts(FILE))
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def file(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_every_cell_has_a_hundred_held_out_prompts(file: Path) -> None:
+    cells = Counter((p.behaviour, p.kind, p.split) for p in read_prompts(file))
     assert {b for b, _, _ in cells} == set(BEHAVIOURS) <= set(DETECTORS)
     for behaviour in BEHAVIOURS:
         for kind in ("neutral", "inviting"):
@@ -31,38 +37,60 @@ def test_every_cell_has_a_hundred_held_out_prompts() -> None:
 
 
 def test_no_prompt_occurs_twice() -> None:
-    prompts = read_prompts(FILE)
-    assert len({words(p.prompt) for p in prompts}) == len(prompts)
+    """The second file has the first one's development prompts, and none of its held-out ones."""
+    first, second = (read_prompts(file) for file in FILES)
+    again = [p for p in second if p.split == "dev"]
+    assert again == [p for p in first if p.split == "dev"]
+    prompts = [*first, *(p for p in second if p.split == "heldout")]
+    assert len({words(p.prompt) for p in prompts}) == len(prompts) == len(first) + len(second) - len(again)
     assert len({p.id for p in prompts}) == len(prompts)
 
 
-def test_prompts_are_new_to_training_naming_and_calibration() -> None:
+def test_prompts_are_new_to_training_naming_and_calibration(file: Path) -> None:
     """No prompt shares three quarters of its words with a document's prompt, a demo prompt or a neutral prompt."""
     documents = demo_data("demo_documents").read_text(encoding="utf-8").splitlines()
     seen = [m["content"] for line in documents for m in json.loads(line)["messages"] if m["role"] == "user"]
     seen += [p.prompt for p in read_prompts(demo_data("demo_prompts"))] + read_neutral_prompts()
     known = [words(text) for text in seen]
-    near = [p.prompt for p in read_prompts(FILE) for mine in [words(p.prompt)]
+    near = [p.prompt for p in read_prompts(file) for mine in [words(p.prompt)]
             if any(len(mine & other) >= 0.75 * len(mine | other) for other in known)]  # fmt: skip
     assert near == []
 
 
-def test_the_file_is_what_its_generator_writes() -> None:
-    spec = importlib.util.spec_from_file_location("make", FILE.with_name("make_evaluation_prompts.py"))
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make", FILES[0].with_name("make_evaluation_prompts.py"))
     assert spec is not None and spec.loader is not None
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    assert [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] == make.rows()
-    for behaviour, kind in make.CELLS:  # a topic never serves both for choosing and for reporting
-        rows = [row for row in read_prompts(FILE) if (row.behaviour, row.kind) == (behaviour, kind)]
-        topics = [topic for _, group in make.CELLS[behaviour, kind] for topic in group if len(topic) > 3]
-        for topic in set(topics):
-            with_topic = {row.split for row in rows if re.search(rf"\b{re.escape(topic)}\b", row.prompt, re.I)}
-            assert len(with_topic) <= 1 or any(topic in other for other in topics if other != topic), topic
+    return make
+
+
+def test_the_files_are_what_their_generator_writes(generator: ModuleType) -> None:
+    made = generator.files()
+    assert set(made) == {file.name for file in FILES}
+    for file in FILES:
+        assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == made[file.name]
+
+
+def test_a_topic_serves_in_one_split_of_one_file(generator: ModuleType) -> None:
+    """So what was seen of one split says nothing about another, but for the form of its questions."""
+    both = [generator.read_topics(name) for name in ("evaluation_topics", "evaluation_topics_2")]
+    splits = {(p.split, file.stem if p.split == "heldout" else ""): [] for file in FILES for p in read_prompts(file)}
+    for file in FILES:
+        for p in read_prompts(file):
+            splits[p.split, file.stem if p.split == "heldout" else ""].append(p)
+    for behaviour, kind in generator.CELLS:
+        topics = {topic for _, group in generator.CELLS[behaviour, kind] for named in both for topic in named[group]}
+        for topic in (topic for topic in topics if len(topic) > 3):
+            whole = re.compile(rf"\b{re.escape(topic)}\b", re.IGNORECASE)
+            found = {split for split, prompts in splits.items() for p in prompts
+                     if (p.behaviour, p.kind) == (behaviour, kind) and whole.search(p.prompt)}  # fmt: skip
+            assert len(found) <= 1 or any(topic.lower() in other.lower() for other in topics if other != topic), topic
 
 
 def test_a_cell_is_cut_in_file_order() -> None:
-    prompts = read_prompts(FILE)
+    prompts = read_prompts(FILES[0])
     five = choose_prompts(prompts, "yes-no", "neutral", "dev", 5)
     assert five == choose_prompts(prompts, "yes-no", "neutral", "dev")[:5]
     assert {(p.behaviour, p.kind, p.split) for p in five} == {("yes-no", "neutral", "dev")}
