@@ -155,7 +155,7 @@ def test_drift_is_measured_in_float32_whatever_the_gradients_are_in(
     package = discover(config, QUIET)
     full, half = (drift_of(package, config, tiny_model.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
     error, rounding = ((other - package.drift).norm() / full.norm() for other in (full, half))
-    assert rounding > 0.01, (
+    assert rounding > 1e-3, (  # how much depends on the CPU's bfloat16 kernels
         "bfloat16 rounding does not show on this model: the test would pass whatever M is measured in"
     )
     assert error < 1e-4, f"M of a bfloat16 discovery is {error:.1%} from M measured in float32"
