@@ -1,10 +1,11 @@
 """The dry run against a real run: planned and taken seconds of every stage, and their ratio.
 
-    python bench/plan.py [--limit 64] [--model DIR] [--data FILE] [--cpu] [--json FILE]
+    python bench/plan.py [--limit 64] [--model DIR] [--data FILE] [--dir DIR] [--cpu] [--json FILE]
 
 Plans and then runs a discovery with the demo's settings on the first `--limit` documents (default: all) of the demo corpus,
-in a temporary directory. A plan holds for the machine as the probe found it, so load it with nothing else meanwhile, or
-compare CPU seconds of all threads (--cpu) in place of wall time.
+in a temporary directory or in `--dir` (`make demo DEMO=DIR` goes on with what lies there). A plan holds for the machine as
+the probe found it, so load it with nothing else meanwhile, or compare CPU seconds of all threads (--cpu) in place of wall
+time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +30,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--dir", type=Path, help="where the discovery is made and kept; nothing may lie there yet")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.cpu:
         time.monotonic = time.process_time  # what plan and progress both measure with
     model = options.model or prepare_demo_model(Path(".cache/models"))
-    with tempfile.TemporaryDirectory() as folder:
+    if options.dir and (options.dir / "package").exists():
+        parser.error(f"{options.dir} has a package already; give another --dir")
+    with nullcontext(options.dir) if options.dir else tempfile.TemporaryDirectory() as folder:
         config = replace(demo_config(Path(folder), model.resolve()), limit=options.limit)
         if options.data:
             config = replace(config, data=options.data)

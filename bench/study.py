@@ -1,7 +1,7 @@
 """What makes atoms good: one change at a time, on the same gradients, judged by the same scorer.
 
     python -m bench.study_gradients --model DIR --adapter DIR --data FILE.jsonl --work DIR [--limit N]   # once: the gradients
-    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--atoms K] [--only NAME,…] [--seeds 2]
+    python -m bench.study --work DIR --data FILE.jsonl [--limit N] [--atoms K …] [--only NAME,…] [--seeds 2]
                            [--packaged] [--json FILE]
 
 Scorer, for every setting and every other way of grouping documents: the top 20 documents of an atom (at least 8), raw
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from atoms.projection import MatrixBasis
 from atoms.space import natural_key
-from atoms.storage import write_tensors
+from atoms.storage import write_json, write_tensors
 from offline.config import RECIPES, CurvatureConfig, DictionaryConfig, SelectConfig, WhiteningConfig
 from offline.corpus import read_corpus
 from offline.curvature import factors_from_tensors, kronecker_eigenvalues
@@ -60,8 +60,8 @@ class Setting:
     empirical: bool = False
 
 
-def settings(atoms: int) -> dict[str, Setting]:
-    """The default at a dictionary of `atoms` atoms, the published recipe, and one change at a time."""
+def settings() -> dict[str, Setting]:
+    """The default, the published recipe, and one change at a time."""
     paper = RECIPES["paper"]
     return {
         "default": Setting(),
@@ -79,7 +79,6 @@ def settings(atoms: int) -> dict[str, Setting]:
         "B matrices": Setting(matrices="lora_B"),
         "queries": Setting(matrices="q_proj"),
         "values": Setting(matrices="v_proj"),
-        **{f"K = {round(atoms * f)}": Setting(dictionary={"atoms": round(atoms * f)}) for f in (0.5, 1.5, 2.5)},
         **{f"α = {a}": Setting(dictionary={"alpha": a}) for a in (0.06, 0.08, 0.12, 0.15)},
         "signed codes": Setting(dictionary={"nonnegative": False}),
     }
@@ -123,18 +122,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--atoms", type=int, help="size of the dictionary; default: the discovery's")
+    parser.add_argument(
+        "--atoms", type=int, nargs="+", metavar="K", help="sizes of dictionaries; default: the discovery's"
+    )
     parser.add_argument("--only", help="names of settings, comma separated; others: k-means and the like")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--packaged", action="store_true", help="also select atoms as a discovery does")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     gradients = Gradients(options.work, options.limit)
-    documents = read_corpus(options.data, limit=gradients.count).documents
+    texts = [f"{d.prompt}\n{d.response}" for d in read_corpus(options.data, limit=gradients.count).documents]
     lines = options.data.read_text(encoding="utf-8").splitlines()[: gradients.count]
     tasks = [json.loads(line)["task"] for line in lines]
-    atoms = options.atoms or default_atoms(gradients.count)
-    chosen = {name: s for name, s in settings(atoms).items() if not options.only or name in options.only.split(",")}
+    sizes = options.atoms or [default_atoms(gradients.count)]
+    chosen = {name: s for name, s in settings().items() if not options.only or name in options.only.split(",")}
+    compared = not options.only or "others" in options.only.split(",")
     print(f"{gradients.count} documents, {len(set(tasks))} task types")
     print(
         f"{'':<30}{'K':>5}{'coherent':>9}{'kept':>6}{'≥ 80%':>7}{'≥ 60%':>7}{'chosen on':>11}{'halves':>8}{'codes':>7}"
@@ -144,15 +146,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows = projected(gradients, setting, Path(folder))
             lengths = gradients.lengths() if options.packaged else None
-            judged = [judge(rows, setting, atoms, tasks, seed, lengths) for seed in range(options.seeds)]
-            results.append(show(name, average(judged)))
-            if name == "default" and (not options.only or "others" in options.only.split(",")):
-                texts = [f"{d.prompt}\n{d.response}" for d in documents]
-                for other, group in others(rows, texts, atoms).items():
-                    judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
-                    results.append(show(other, average(judged)))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            for atoms in sizes:
+                judged = [judge(rows, setting, atoms, tasks, seed, lengths) for seed in range(options.seeds)]
+                results.append(show(name, average(judged)))
+                if name == "default" and compared:
+                    for other, group in others(rows, texts, atoms).items():
+                        judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
+                        results.append(show(other, average(judged)))
+        if options.json:  # after every setting: a study of hours may be stopped
+            write_json(options.json, results)
 
 
 def projected(gradients: Gradients, setting: Setting, folder: Path) -> RowStore:
