@@ -7,8 +7,8 @@ turn, so no topic occurs in both splits of a cell. *Neutral* prompts leave room 
 *inviting* ones ask for it or call for it. Nothing here occurs in the demo's documents and prompts or among the neutral
 prompts of the calibration (tests/offline/evaluation/test_prompts.py).
 
-evaluation_prompts_2.jsonl has the same development prompts and other held-out ones, of other topics: for a last report on
-what was improved while looking at the first.
+evaluation_prompts_2.jsonl and _3 have the same development prompts and other held-out ones, of other topics: each for one
+report on what was improved while looking at the ones before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ DEV, HELDOUT = 24, 104
 
 CONTINENTS = ("Europe", "Asia", "Africa", "South America")
 HERE = Path(__file__).parent
+FILES = {f"evaluation_prompts{end}.jsonl": f"evaluation_topics{end}" for end in ("", "_2", "_3")}
+"""File of prompts -> the topics of its held-out ones. The development prompts of all are of the first's."""
 
 Group = tuple[Sequence[str], str]
 """Templates with one {}, and which topics to put there."""
@@ -119,18 +121,17 @@ def cell_prompts(behaviour: str, kind: str, topics: Topics) -> list[str]:
     return [prompt for topic in order for prompt in by_topic[topic]]
 
 
-def rows(dev: Topics, heldout: Topics) -> list[dict[str, str]]:
-    """All rows of a file. Where both splits are of the same topics, the held-out prompts are those after the development ones.
+def rows(dev: Topics, heldout: Topics, nth: int) -> list[dict[str, str]]:
+    """All rows of the n-th file, from 0. The first's held-out prompts are of the topics of `dev`, those after its dev prompts.
 
-    Held-out prompts of other topics are numbered on, so that an id stands for one prompt. Raises ValueError if a cell has too
-    few prompts.
+    Held-out prompts are numbered on from file to file, so that an id stands for one prompt. Raises ValueError if a cell has
+    too few prompts.
     """
-    first, number = (DEV, 1) if heldout is dev else (0, HELDOUT + 1)
     result = []
     for behaviour, kind in CELLS:
         for split, topics, start, count, least in (
             ("dev", dev, 0, DEV, 1),
-            ("heldout", heldout, first, HELDOUT, number),
+            ("heldout", heldout, 0 if nth else DEV, HELDOUT, nth * HELDOUT + 1),
         ):
             prompts = cell_prompts(behaviour, kind, topics)[start : start + count]
             if len(prompts) < count:
@@ -142,8 +143,8 @@ def rows(dev: Topics, heldout: Topics) -> list[dict[str, str]]:
 
 def files() -> dict[str, list[dict[str, str]]]:
     """File name -> its rows."""
-    first, second = read_topics("evaluation_topics"), read_topics("evaluation_topics_2")
-    return {"evaluation_prompts.jsonl": rows(first, first), "evaluation_prompts_2.jsonl": rows(first, second)}
+    topics = [read_topics(name) for name in FILES.values()]
+    return {name: rows(topics[0], heldout, nth) for nth, (name, heldout) in enumerate(zip(FILES, topics, strict=True))}
 
 
 if __name__ == "__main__":

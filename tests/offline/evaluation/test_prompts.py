@@ -15,7 +15,7 @@ from atoms.detectors import DETECTORS
 from atoms.errors import DataError
 from offline.evaluation.prompts import choose_prompts, demo_data, read_neutral_prompts, read_prompts
 
-FILES = (demo_data("evaluation_prompts"), demo_data("evaluation_prompts_2"))
+FILES = tuple(demo_data(f"evaluation_prompts{end}") for end in ("", "_2", "_3"))
 BEHAVIOURS = ("bulleted-list", "numbered-list", "fenced-code", "missing-input", "yes-no")
 
 
@@ -37,13 +37,14 @@ def test_every_cell_has_a_hundred_held_out_prompts(file: Path) -> None:
 
 
 def test_no_prompt_occurs_twice() -> None:
-    """The second file has the first one's development prompts, and none of its held-out ones."""
-    first, second = (read_prompts(file) for file in FILES)
-    again = [p for p in second if p.split == "dev"]
-    assert again == [p for p in first if p.split == "dev"]
-    prompts = [*first, *(p for p in second if p.split == "heldout")]
-    assert len({words(p.prompt) for p in prompts}) == len(prompts) == len(first) + len(second) - len(again)
-    assert len({p.id for p in prompts}) == len(prompts)
+    """All files have the first one's development prompts, and none another's held-out ones."""
+    first, *others = (read_prompts(file) for file in FILES)
+    dev = [p for p in first if p.split == "dev"]
+    prompts = [*first]
+    for other in others:
+        assert [p for p in other if p.split == "dev"] == dev
+        prompts += [p for p in other if p.split == "heldout"]
+    assert len({words(p.prompt) for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
 
 
 def test_prompts_are_new_to_training_naming_and_calibration(file: Path) -> None:
@@ -73,15 +74,22 @@ def test_the_files_are_what_their_generator_writes(generator: ModuleType) -> Non
         assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == made[file.name]
 
 
+def test_a_topic_is_in_one_file(generator: ModuleType) -> None:
+    every = [generator.read_topics(name) for name in generator.FILES.values()]
+    for group in every[0]:
+        topics = Counter(topic.lower() for named in every for topic in named[group])
+        assert [topic for topic, times in topics.items() if times > 1] == [], group
+
+
 def test_a_topic_serves_in_one_split_of_one_file(generator: ModuleType) -> None:
     """So what was seen of one split says nothing about another, but for the form of its questions."""
-    both = [generator.read_topics(name) for name in ("evaluation_topics", "evaluation_topics_2")]
+    every = [generator.read_topics(name) for name in generator.FILES.values()]
     splits = defaultdict(list)
     for file in FILES:
         for p in read_prompts(file):
             splits["dev" if p.split == "dev" else file.stem].append(p)
     for behaviour, kind in generator.CELLS:
-        topics = {topic for _, group in generator.CELLS[behaviour, kind] for named in both for topic in named[group]}
+        topics = {topic for _, group in generator.CELLS[behaviour, kind] for named in every for topic in named[group]}
         for topic in (topic for topic in topics if len(topic) > 3):
             whole = re.compile(rf"\b{re.escape(topic)}\b", re.IGNORECASE)
             found = {split for split, prompts in splits.items() for p in prompts
