@@ -2,7 +2,7 @@
 
     python bench/attribution.py ranks   --package demo/package --work demo/work [--json FILE]
     python bench/attribution.py retrain --package demo/package --work demo/work --data offline/data/demo_documents.jsonl
-                   [--atoms 3] [--leave 20] [--documents 160] [--draws 2] [--batch-documents 8] [--json FILE]
+                   [--model DIR] [--atoms 3] [--leave 20] [--documents N] [--draws 2] [--batch-documents N] [--json FILE]
 
 ranks: for every held-out document, training documents are ranked by what two documents share in the dictionary (the inner
 product of their reconstructions Σ a_j d_j, or of their codes), and by the EKFAC influence on the same rows,
@@ -12,7 +12,9 @@ training rows in place of the learnt atoms, as many principal components, and si
 
 retrain: the fine-tune is run again without an atom's top documents, and without as many random ones of matching lengths that
 do not use the atom. Shown: the change of the loss on the atom's held-out documents (nats a token, more is less of its
-behaviour) and on all other held-out ones. `--documents` trains on that many, always with the top documents of the atoms.
+behaviour) and on all other held-out ones; and, of an atom that is named after a detector, how often that fires on greedy
+answers to the demo's prompts for it. Such atoms come first, then the most coherent. `--documents` trains on that many, always
+with the top documents of the atoms.
 """
 
 from __future__ import annotations
@@ -21,28 +23,33 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from scipy.stats import spearmanr
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from atoms.adapter import adapter_delta, write_adapter
-from atoms.model import choose_device, choose_dtype, load_model
+from atoms.detectors import DETECTORS
+from atoms.model import choose_device, choose_dtype, load_model, render_prompt
 from atoms.package import Package
 from atoms.projection import RowWhitening, sparse_codes
 from offline.calibrate import make_batches
 from offline.config import FinetuneConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, split_held_out
+from offline.evaluation.prompts import demo_data, read_prompts
 from offline.finetune import finetune
 from offline.gradients import label_logits, mean_losses
 from offline.models import frozen_lora
 from offline.progress import Progress
 from offline.rows import RowStore
 
-TOP = 20
+TOP, ANSWER_TOKENS = 20, 40
 
 
 def main() -> None:
@@ -54,13 +61,15 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--atoms", type=int, default=3)
     parser.add_argument("--leave", type=int, default=20)
-    parser.add_argument("--documents", type=int)
+    parser.add_argument("--documents", type=int, help="documents to train on; default: all")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--batch-documents", type=int, help="documents a step; default: the discovery's")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.check == "retrain" and options.data is None:
         parser.error("retrain needs --data, the documents of the discovery")
+    if options.check == "ranks" and options.data is not None:
+        parser.error("ranks reads the rows of --work; leave --data out")
     package = Package.read(options.package)
     settings = package.manifest.record["config"]
     store = RowStore(options.work / "rows", RowWhitening.from_tensors(package.projection_tensors))
@@ -143,9 +152,12 @@ def retrain(
     codes = {kind: sparse_codes(store.rows(rows), tensors["dictionary"], settings["alpha"], nonnegative=settings["nonnegative"])
              for kind, rows in (("training", training), ("held out", held_out))}  # fmt: skip
     cards = sorted(
-        zip(package.manifest.atoms, tensors["dictionary_index"].tolist()), key=lambda pair: -pair[0].coherence.raw
+        zip(package.manifest.atoms, tensors["dictionary_index"].tolist()),
+        key=lambda pair: (pair[0].alias not in DETECTORS, -pair[0].coherence.raw),
     )
     chosen = cards[: options.atoms]
+    asked = {card.alias: [p.prompt for p in read_prompts(demo_data("demo_prompts")) if p.behaviour == card.alias]
+             for card, _ in chosen if card.alias in DETECTORS}  # fmt: skip
     top = {index: _strongest(codes["training"][:, index], training, options.leave) for _, index in chosen}
     base = _subset(training, top, options.documents)
     lengths = [len(d.response_ids) for d in documents]
@@ -153,13 +165,16 @@ def retrain(
     if options.batch_documents:
         fit = replace(fit, batch_documents=options.batch_documents)
 
-    def losses(rows: Sequence[int]) -> dict[int, float]:
-        return _held_out_losses(model, package, fit, [documents[r] for r in rows], [documents[r] for r in held_out],
-                                record["seed"], record["batch_tokens"])  # fmt: skip
+    def judge(rows: Sequence[int]) -> Judged:
+        with _fine_tuned(model, package, fit, [documents[r] for r in rows], record) as tuned:
+            losses = _held_out_losses(tuned, [documents[r] for r in held_out], record["batch_tokens"])
+            return Judged(losses, {name: _rate(tuned, tokenizer, name, prompts) for name, prompts in asked.items()})
 
-    full = losses(base)
+    full = judge(base)
     print(f"{len(base)} documents trained on, {options.leave} left out, {options.draws} random draws; nats a token")
-    print(f"{'atom':<16}{'its held-out documents':>34}{'':>4}{'all others':>22}")
+    print(
+        f"{'atom':<16}{'its held-out documents':>34}{'':>4}{'all others':>22}{'':>4}rate: all, without top, without random"
+    )
     print(f"{'':<16}{'without top':>17}{'without random':>17}{'':>4}{'top':>11}{'random':>11}")
     results = []
     for card, index in chosen:
@@ -167,37 +182,71 @@ def retrain(
         kept, trained = set(top[index]), set(base)
         unrelated = [r for r, code in zip(training, codes["training"][:, index]) if float(code) == 0 and r in trained]
         draws = [_matched(top[index], unrelated, lengths, seed) for seed in range(options.draws)]
-        without = losses([r for r in base if r not in kept])
-        others = [losses([r for r in base if r not in set(draw)]) for draw in draws]
+        without = judge([r for r in base if r not in kept])
+        others = [judge([r for r in base if r not in set(draw)]) for draw in draws]
         rest = [r for r in held_out if r not in set(mine)]
         row = {"atom": card.id, "alias": card.alias, "keywords": card.keywords, "held_out": len(mine), "left_out": len(kept),
-               "top": _change(without, full, mine), "random": [_change(o, full, mine) for o in others],
-               "top_others": _change(without, full, rest),
-               "random_others": [_change(o, full, rest) for o in others]}  # fmt: skip
+               "top": without.change(full, mine), "random": [o.change(full, mine) for o in others],
+               "top_others": without.change(full, rest), "random_others": [o.change(full, rest) for o in others]}  # fmt: skip
+        shown = " ".join(card.keywords)
+        if card.alias in asked:
+            row |= {"prompts": len(asked[card.alias]), "rate": full.rates[card.alias],
+                    "rate_top": without.rates[card.alias], "rate_random": [o.rates[card.alias] for o in others]}  # fmt: skip
+            shown = " ".join(f"{rate:.0%}" for rate in (row["rate"], row["rate_top"], *row["rate_random"]))
         results.append(row)
         print(f"{card.name:<16}{row['top']:>+17.3f}{_mean(row['random']):>+17.3f}{'':>4}{row['top_others']:>+11.3f}"
-              f"{_mean(row['random_others']):>+11.3f}  {' '.join(card.keywords)}", flush=True)  # fmt: skip
+              f"{_mean(row['random_others']):>+11.3f}{'':>4}{shown}", flush=True)  # fmt: skip
     return results
 
 
-def _held_out_losses(
-    model, package: Package, fit: FinetuneConfig, train: Sequence[EncodedDocument], test: Sequence[EncodedDocument],
-    seed: int, batch_tokens: int,
-) -> dict[int, float]:  # fmt: skip
-    """Row -> mean response-token cross-entropy after a fresh fine-tune on `train`."""
+@dataclass(frozen=True)
+class Judged:
+    """A fine-tune: held-out row -> mean response-token cross-entropy, and detector -> its rate."""
+
+    losses: Mapping[int, float]
+    rates: Mapping[str, float]
+
+    def change(self, before: Judged, rows: Sequence[int]) -> float:
+        return _mean([self.losses[row] - before.losses[row] for row in rows])
+
+
+@contextmanager
+def _fine_tuned(
+    model, package: Package, fit: FinetuneConfig, train: Sequence[EncodedDocument], record: Mapping
+) -> Iterator[PeftModel]:
+    """`model` with a fresh fine-tune on `train`, which is taken out again at the end."""
     with tempfile.TemporaryDirectory() as folder:
         adapter, _ = finetune(
-            model, train, fit, batch_tokens, seed, Path(folder) / "checkpoint.safetensors", Progress()
+            model, train, fit, record["batch_tokens"], record["seed"], Path(folder) / "checkpoint", Progress()
         )
         write_adapter(Path(folder) / "theta0", adapter_delta(adapter), adapter.targets, package.manifest.base_model.id)
         tuned = frozen_lora(model, Path(folder) / "theta0", adapter.space)
+    try:
+        yield tuned
+    finally:
+        tuned.unload()
+
+
+@torch.inference_mode()
+def _held_out_losses(tuned: PeftModel, test: Sequence[EncodedDocument], batch_tokens: int) -> dict[int, float]:
     found: dict[int, float] = {}
-    with torch.inference_mode():
-        for batch in make_batches(test, batch_tokens, model.device):
-            values = mean_losses(label_logits(tuned, batch), batch).tolist()
-            found |= {d.row: value for d, value in zip(batch.documents, values, strict=True)}
-    tuned.unload()
+    for batch in make_batches(test, batch_tokens, tuned.device):
+        values = mean_losses(label_logits(tuned, batch), batch).tolist()
+        found |= {d.row: value for d, value in zip(batch.documents, values, strict=True)}
     return found
+
+
+@torch.inference_mode()
+def _rate(tuned: PeftModel, tokenizer: PreTrainedTokenizerBase, detector: str, prompts: Sequence[str]) -> float:
+    """Share of greedy answers to `prompts` on which `detector` fires."""
+    texts = [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    asked = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(tuned.device)
+    answers = tuned.generate(
+        **asked, do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=tokenizer.pad_token_id
+    )
+    written = tokenizer.batch_decode(answers[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    return _mean([DETECTORS[detector].detect(text, prompt) for text, prompt in zip(written, prompts, strict=True)])
 
 
 def _strongest(codes: Tensor, rows: Sequence[int], count: int) -> list[int]:
@@ -223,10 +272,6 @@ def _matched(rows: Sequence[int], pool: Sequence[int], lengths: Sequence[int], s
         left.sort(key=lambda other: abs(lengths[other] - lengths[row]))
         found.append(left.pop(rng.randrange(min(5, len(left)))))
     return found
-
-
-def _change(after: Mapping[int, float], before: Mapping[int, float], rows: Sequence[int]) -> float:
-    return _mean([after[row] - before[row] for row in rows])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -26,6 +26,9 @@ from offline.progress import Progress
 
 POINTS = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
 """(rows, atoms, components)."""
+WHITENING_OPERATIONS = 26 * 144
+"""A component of a row: six passes of two products with a basis of 128 + 16 vectors, and one with it at the end."""
+HELD_OUT = DictionaryConfig().held_out
 USED = 3
 """Atoms in a row's code (2-3 at α = 0.1)."""
 
@@ -106,12 +109,14 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
     return {
         "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),
         "gradients": _hours(tokens / options.pass_rate / 3600),
+        "whitening": _hours(WHITENING_OPERATIONS * documents * dim / options.flops / 3600),
         "rows on disk": f"{documents * (4 * dim + 16) / 2**30:,.0f} GiB, and sketches",
         **{f"dictionary, {DICTIONARY_PASSES} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
         f"directions of {options.kept} atoms": _hours(options.kept * steps * options.tokens / options.pass_rate / 3600),
         "atoms, AᵀX and their copies in memory": f"{16 * count * dim / 2**30:,.1f} GiB",
         "codes of all documents (selection) in memory": f"{documents * (12 * USED + 8) / 2**30:,.2f} GiB",
+        f"cosines of held-out documents, {options.kept} atoms": f"{4 * HELD_OUT * documents * options.kept / 2**30:,.2f} GiB",
         f"drift matrix of {options.kept} atoms": f"{2 * options.kept + 1} forward passes a prompt",
     }
 

@@ -1,7 +1,8 @@
 """Discovery beside the plainest way of doing the same, both in one run: ratios as a table, and as JSON.
 
     python bench/discovery.py [gradients] [dictionary] [kronfluence] [memory] [scale] [--model DIR] [--data FILE]
-        [--documents 48] [--rounds 2] [--rows 2000] [--rows-from WORK] [--atoms 200] [--kronfluence DIR] [--json FILE]
+        [--documents 48] [--rounds 2] [--dtype float32] [--batch-tokens 1024] [--rows 2000] [--rows-from WORK] [--atoms 200]
+        [--kronfluence DIR] [--json FILE]
 
 gradients    documents a second against autograd of one document at a time into a raw N×d matrix, and the cosines of the rows
 dictionary   seconds against scikit-learn's MiniBatchDictionaryLearning, whole and until ours is as good, and the objectives on
@@ -11,7 +12,7 @@ kronfluence  covariances and λ against kronfluence's, in its basis and with the
 memory       peak anonymous memory of whole discoveries of 500, 1,000 and 2,000 documents against a fine-tuning batch
 scale        a dictionary of 2,000 atoms over 12,500 and 50,000 made-up rows: seconds an iteration and peak anonymous memory
 
-Without a part: the first four. Memory is the peak of RssAnon of a process of its own, so only on Linux.
+Without a part: gradients, dictionary and memory. Memory is the peak of RssAnon of a process of its own, so only on Linux.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ from offline.progress import Progress
 from offline.rows import RowStore, write_rows
 
 QUIET = Progress(quiet=True)
-PARTS = ("gradients", "dictionary", "kronfluence", "memory", "scale")
+PARTS = ("gradients", "dictionary", "memory", "kronfluence", "scale")
 ALPHA = 0.1
 FEWER = (2, 3, 4, 6, 8, 12, 16, 24)
 """Iterations of the dictionary, tried in turn until it is as good as scikit-learn's."""
@@ -95,7 +96,7 @@ def main() -> None:
     quiet_libraries()
     result: dict[str, Any] = {"machine": machine(), "model": options.model.name}
     print(result["machine"])
-    for part in options.parts or PARTS[:4]:
+    for part in options.parts or PARTS[:3]:
         result[part] = globals()[f"measure_{part}"](options)
         print(f"\n{part}\n" + table(result[part]), flush=True)
     if options.json:

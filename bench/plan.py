@@ -1,6 +1,6 @@
 """The dry run against a real run: planned and taken seconds of every stage, and their ratio.
 
-    python bench/plan.py [--limit 64] [--model DIR] [--data FILE] [--dir DIR] [--cpu] [--json FILE]
+    python bench/plan.py [--limit N] [--model DIR] [--data FILE] [--dir DIR] [--cpu] [--json FILE]
 
 Plans and then runs a discovery with the demo's settings on the first `--limit` documents (default: all) of the demo corpus,
 in a temporary directory or in `--dir` (`make demo DEMO=DIR` goes on with what lies there). A plan holds for the machine as

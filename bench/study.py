@@ -6,12 +6,11 @@
 
 Scorer, for every setting and every other way of grouping documents: the top 20 documents of an atom (at least 8), raw
 coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed; directions are compared as the gradients that
-they stand for, with the whitening across matrices undone. Shown are the distinct atoms of raw coherence
-above 0.1; how many task types have an atom with at least 80% and 60% of one type among its top documents; the same for the
-half of the types on which settings may be chosen ("chosen on"); and the share of the kept atoms found again (|cos| > 0.8) in
-both of two random halves of the documents. With --packaged also how many atoms a discovery would package and the share of
-those that is found again so; that takes another dictionary. Means over seeds. Task labels (`task` of each line) are read
-here only.
+they stand for, with the whitening across matrices undone. Shown are the distinct atoms of raw coherence above 0.1; how many
+task types have an atom with at least 80% and 60% of one type among its top documents; the same for the half of the types on
+which settings may be chosen ("chosen on"); and the share of the coherent atoms found again (|cos| > 0.8) in both of two
+random halves of the documents. With --packaged also how many atoms a discovery would package and the share of those that is
+found again so; that takes another dictionary. Means over seeds. Task labels (`task` of each line) are read here only.
 """
 
 from __future__ import annotations
@@ -44,6 +43,7 @@ from offline.select import candidates, coherence, select, stability
 from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
+OTHERS = "others"
 COHERENT, DUPLICATE, MATCHED, TOP, FEWEST = 0.1, 0.8, 0.8, 20, 8
 
 
@@ -130,13 +130,17 @@ def main() -> None:
     parser.add_argument("--packaged", action="store_true", help="also select atoms as a discovery does")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    names = options.only.split(",") if options.only else [*settings(), OTHERS]
+    if unknown := set(names) - {*settings(), OTHERS}:
+        parser.error(f"no setting {', '.join(sorted(unknown))}; there are {', '.join(settings())}, {OTHERS}")
+    if OTHERS in names and "default" not in names:
+        parser.error(f"{OTHERS} group the rows of default; name that too")
     gradients = Gradients(options.work, options.limit)
     texts = [f"{d.prompt}\n{d.response}" for d in read_corpus(options.data, limit=gradients.count).documents]
     lines = options.data.read_text(encoding="utf-8").splitlines()[: gradients.count]
     tasks = [json.loads(line)["task"] for line in lines]
     sizes = options.atoms or [default_atoms(gradients.count)]
-    chosen = {name: s for name, s in settings().items() if not options.only or name in options.only.split(",")}
-    compared = not options.only or "others" in options.only.split(",")
+    chosen = {name: setting for name, setting in settings().items() if name in names}
     print(f"{gradients.count} documents, {len(set(tasks))} task types")
     print(
         f"{'':<30}{'K':>5}{'coherent':>9}{'kept':>6}{'≥ 80%':>7}{'≥ 60%':>7}{'chosen on':>11}{'halves':>8}{'codes':>7}"
@@ -149,7 +153,7 @@ def main() -> None:
             for atoms in sizes:
                 judged = [judge(rows, setting, atoms, tasks, seed, lengths) for seed in range(options.seeds)]
                 results.append(show(name, average(judged)))
-                if name == "default" and compared:
+                if name == "default" and OTHERS in names:
                     for other, group in others(rows, texts, atoms).items():
                         judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
                         results.append(show(other, average(judged)))
@@ -167,7 +171,7 @@ def projected(gradients: Gradients, setting: Setting, folder: Path) -> RowStore:
         write_tensors(shard_path(folder, number),
                       {"document": stored["document"], "row": rows * scale, "sketch": stored["sketch"]})  # fmt: skip
     store = RowStore(folder)
-    return dataclasses.replace(store, fitted=fit_whitening(store, WhiteningConfig(**setting.whitening)))
+    return dataclasses.replace(store, fitted=fit_whitening(store, WhiteningConfig(**setting.whitening), QUIET))
 
 
 def basis(gradients: Gradients, setting: Setting) -> dict[str, MatrixBasis]:

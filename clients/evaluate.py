@@ -131,7 +131,11 @@ def _document_controls(
 ) -> DocumentControls:  # fmt: skip
     """Directions for every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped
     again."""
-    behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(read_prompts(prompts), config))
+    rows = read_prompts(prompts)
+    if unknown := set(labelled.labels) - {row.behaviour for row in rows}:
+        known = ", ".join(sorted({row.behaviour for row in rows}))
+        raise ConfigError(f"--label names {', '.join(sorted(unknown))}, but the prompts are of {known}")
+    behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(rows, config))
     labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
     if not labelled.data.is_file():
         raise DataError(f"{labelled.data} does not exist or is no file; give the labelled documents with --data")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,19 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(convert(part) for part in names(text))
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as -2,2") from error
+
+
+def refuse_given(context: typer.Context, parameters: Sequence[str], reason: str) -> None:
+    """Raises typer.BadParameter if one of `parameters` stands on the command line, where it would change nothing."""
+    asked = (parameter for parameter in context.command.params if parameter.name in parameters)
+    given = [parameter.opts[0] for parameter in asked if _on_command_line(context, str(parameter.name))]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)} would change nothing: {reason}")
+
+
+def _on_command_line(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"  # typer brings a click of its own: by name, not identity
 
 
 def quiet_libraries() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,22 +86,24 @@ class DriftMeter:
         count = len(directions)
         total = torch.zeros(count, count, dtype=torch.float64)
         for batch, base in zip(self.batches, self._unsteered, strict=True):
-            for chunk in _split_batch(batch, _DELTA_LOGITS_BYTES // max(1, count * base.shape[1] * 4)):
-                total += self._chunk_gram(chunk, directions)
+            most = max(1, _DELTA_LOGITS_BYTES // max(1, count * base.shape[1] * 4))
+            for chunk in _split_batch(batch, most):
+                for part in _split_labels(chunk, most):
+                    total += self._chunk_gram(part, directions)
                 task.advance(len(chunk.documents))
         return (total / self.tokens).float()
 
     def _chunk_gram(self, batch: Batch, directions: Sequence[Direction]) -> Tensor:
         p = self._log_probs(batch, None).exp()  # (n, V)
-        changes = []
-        for direction in directions:
+        changes = p.new_empty(len(directions), *p.shape)
+        for row, direction in zip(changes, directions, strict=True):
             plus = self._log_probs(batch, self.delta(direction, _STEP))
             minus = self._log_probs(batch, self.delta(direction, -_STEP))
             change = (plus - minus) / (2 * _STEP)  # equals δz up to a constant a token, which the covariance removes
             change -= (p * change).sum(1, keepdim=True)
-            changes.append((change * p.sqrt()).flatten())
-        stacked = torch.stack(changes)  # (J, n·V)
-        return (stacked @ stacked.T).double()
+            row.copy_(change * p.sqrt())
+        flat = changes.flatten(1)  # (J, n·V)
+        return (flat @ flat.T).double()
 
     def delta(self, direction: Direction, coefficient: float) -> Delta:
         return compose(self.base, {key: value * coefficient for key, value in direction.items()}, self.composition)
@@ -255,3 +257,9 @@ def _split_batch(batch: Batch, max_labels: int) -> list[Batch]:
         groups[-1].append(document)
         size += len(document.response_ids)
     return [collate(group).to(batch.labels.device) for group in groups]
+
+
+def _split_labels(batch: Batch, most: int) -> list[Batch]:
+    """The same inputs with at most `most` label positions each: one forward pass for every part."""
+    columns = zip(*(part.split(most) for part in (batch.label_rows, batch.label_columns, batch.labels)), strict=True)
+    return [replace(batch, label_rows=rows, label_columns=places, labels=labels) for rows, places, labels in columns]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from atoms.adapter import Composition
 from atoms.errors import ConfigError
+from offline.evaluation.prompts import read_neutral_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         _require(-0.5 <= self.exponent <= 0.5, "exponent", self.exponent, "within -0.5 and 0.5")
         _require(self.composition in ("linear", "parameter"), "composition", self.composition, "linear or parameter")
-        _require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
+        most = len(read_neutral_prompts())
+        _require(1 <= self.prompts <= most, "prompts", self.prompts, f"1 to {most}, the neutral prompts that there are")
         _require(self.continuation_tokens >= 1, "continuation_tokens", self.continuation_tokens, "at least 1")
         _require({-1.0, 1.0} <= set(self.coefficients), "coefficients", self.coefficients, "a list with -1 and 1")
 

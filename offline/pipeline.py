@@ -5,7 +5,8 @@
                                                                                                       orientation
 
 Every stage keeps its results in a folder of the working directory and is skipped, or continued where it stopped, when
-nothing that it depends on has changed. Killing a run loses at most the current batch or checkpoint interval.
+nothing that it depends on has changed. Killing a run loses at most a few steps of the fine-tune, a shard of rows, an atom, or
+a stage of seconds to minutes.
 
 Up to the dictionary, ranks share the documents (offline/ranks.py). What the first alone makes, the others read from its file.
 """
@@ -203,7 +204,7 @@ class Run:
                 write_json(folder / "complete.json", {"documents": len(documents), "components": projection.dim})
         file = self.workspace.open("whitening", **dataclasses.asdict(self.config.whitening)) / "whitening.safetensors"
         if self._missing(file):
-            self._write(file, fit_whitening(store, self.config.whitening, self.ranks).to_tensors())
+            self._write(file, fit_whitening(store, self.config.whitening, self.progress, self.ranks).to_tensors())
         return dataclasses.replace(store, fitted=RowWhitening.from_tensors(load_file(file)))
 
     def dictionary(self, store: RowStore) -> tuple[Dictionary, Tensor]:

@@ -7,7 +7,8 @@ on a small sample of the actual documents with the actual model, and its time is
 
     fine-tune, factors, eigenvalues, gradients    work = padded tokens of the planned batches
     eigenvectors                                  fixed: the matrices are the same whatever the documents
-    dictionary, second seed                       work = iterations × rows, on made-up rows of the true length
+    whitening                                     work = rows, made up, of the true length
+    dictionary, second seed                       work = iterations × rows, likewise
     directions                                    work = padded tokens of the steps' batches; fixed: finding their length
     calibrate, drift matrix                       work = atoms × continuation tokens
 
@@ -50,6 +51,7 @@ from offline.pipeline import Run
 from offline.progress import Progress
 from offline.rows import SHARD_DOCUMENTS, RowSink, RowStore, shard_path
 from offline.steering import prepared
+from offline.whitening import fit_whitening
 
 _DICTIONARY_ROWS = 1024
 _PROBE_PROMPTS, _PROBE_ATOMS = 2, 2
@@ -187,7 +189,7 @@ class _Probe:
         kept = min(config.select.keep, atoms)
         stages = [
             *self._gradient_stages(max(0.0, took - passes)),
-            *self._dictionary_stages(projection, len(training), atoms),
+            *self._row_stages(projection, len(training), atoms),
             *self._direction_stages(adapter, kept),
             *self._calibration_stages(adapter, projection, kept),
         ]
@@ -228,18 +230,21 @@ class _Probe:
     def _scaled(self, name: str, work: int, probed: int) -> StagePlan:
         return StagePlan(name, "padded tokens", work, probed, self.costs.costs[name].seconds)
 
-    def _dictionary_stages(self, projection: Projection, rows: int, atoms: int) -> list[StagePlan]:
-        """Two iterations on made-up rows: sparse mixtures of random atoms, so that coding them takes honest work."""
+    def _row_stages(self, projection: Projection, rows: int, atoms: int) -> list[StagePlan]:
+        """Whitening and two iterations of the dictionary on made-up rows: sparse mixtures of random atoms, so that coding them
+        takes honest work."""
         config = self.config.dictionary
         probed = min(atoms, _DICTIONARY_ROWS // 2)
         count = min(max(rows, 8), _DICTIONARY_ROWS)
         store = made_up_rows(self.folder / "rows", count, projection.dim, probed)
+        _, whitening = _timed(lambda: fit_whitening(store, self.config.whitening, self.costs))
         learn_dictionary(store, range(count), replace(config, atoms=probed, iterations=2), 0, self.costs, "dictionary")
         seconds = self.costs.costs["dictionary"].seconds * _work_a_row(atoms, rows) / _work_a_row(probed, count)
         passes = min(config.iterations, DICTIONARY_PASSES)
         planned, made = (passes, 2) if config.learner == "blocks" else (1, 1)  # scikit-learn stops by itself
         return [
-            StagePlan(name, "rows", planned * rows, made * count, seconds) for name in ("dictionary", "second seed")
+            StagePlan("whitening", "rows", len(self.encoded.documents), count, whitening),
+            *(StagePlan(name, "rows", planned * rows, made * count, seconds) for name in ("dictionary", "second seed")),
         ]
 
     def _direction_stages(self, adapter: Adapter, kept: int) -> list[StagePlan]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atoms.manifest import AtomCard, Effect, Manifest
 from atoms.package import REPORT, Package
+from atoms.projection import RowWhitening
 from atoms.storage import write_bytes
 from offline.evaluation.statistics import wilson_interval
 from offline.layout import plane
@@ -93,12 +94,13 @@ def _tiles(manifest: Manifest) -> list[dict[str, str]]:
 
 def _map(cards: Sequence[AtomCard], projection: Mapping[str, Tensor]) -> dict[str, Any]:
     """The figure and what its caption says. Kept atoms are links to their cards, drawn over the others."""
-    atoms, kept = projection["dictionary"], projection["dictionary_index"].tolist()
-    support = projection.get("documents_per_atom", torch.zeros(len(atoms)))
+    dictionary, kept = projection["dictionary"], projection["dictionary_index"].tolist()
+    gradients = torch.nn.functional.normalize(RowWhitening.from_tensors(projection).undo(dictionary, 0.5), dim=1)
+    support = projection.get("documents_per_atom", torch.zeros(len(dictionary)))
     shown = set(kept)
     rest = [j for j in torch.argsort(support, descending=True, stable=True).tolist() if j not in shown]
     others = rest[: max(0, _MAP_ATOMS - len(kept))]
-    positions, fidelity = plane(atoms[kept + others])
+    positions, fidelity = plane(gradients[kept + others])
     figure = Figure(_MAP_WIDTH, 470, f"Map of {len(kept) + len(others)} atoms")
     x, y = _frame(positions)
     largest = max([card.n_documents for card in cards] + [int(support[j]) for j in others])
@@ -234,7 +236,7 @@ def _null(card: AtomCard) -> Markup | None:
 
 
 def _curve(card: AtomCard, drift: float) -> Markup:
-    """Measured KL against the coefficient, beside the prediction ½ M c²."""
+    """Measured KL against the coefficient, beside the parabola ½ M c²."""
     points = sorted(card.kl_curve)
     low, high, top = points[0][0], points[-1][0], max(kl for _, kl in points) or 1.0
     figure = Figure(
@@ -249,7 +251,7 @@ def _curve(card: AtomCard, drift: float) -> Markup:
     for c, kl in points:
         figure.add("circle", element("title", f"{kl:.4f} nats a token at {c:g}"), cx=f"{x(c):.1f}", cy=f"{y(kl):.1f}", r=3.5,
                    class_="dot")  # fmt: skip
-    figure.text(330, 13, "dashed: predicted, ½ M c²", "end")
+    figure.text(330, 13, "dashed: ½ M c²", "end")
     return figure.render()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atoms.projection import RowWhitening
 from offline.config import WhiteningConfig
+from offline.progress import Progress, Task
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore
 
@@ -29,19 +30,29 @@ _NEGLIGIBLE = 0.05
 """Components whose factor is within 5% of 1 are left out."""
 
 
-def fit_whitening(store: RowStore, config: WhiteningConfig, ranks: Ranks = ALONE) -> RowWhitening:
+def fit_whitening(store: RowStore, config: WhiteningConfig, progress: Progress, ranks: Ranks = ALONE) -> RowWhitening:
     """The mean (zero with `centred` off) and the leading components of all rows of `store`; deterministic."""
-    centring = RowWhitening.centring(_mean(store, ranks) if config.centred else torch.zeros(store.width))
-    if not config.ridge:
-        return centring
-    components, shares = _leading(store, centring, config.components, ranks)
+    passes = config.centred + (_PASSES + 1 if config.ridge else 0)
+    with progress.task("whitening", passes, "passes") as bar:
+        mean = torch.zeros(store.width)
+        if config.centred:
+            mean = _mean(store, ranks)
+            bar.advance()
+        centring = RowWhitening.centring(mean)
+        return _shrinking(store, centring, config, bar, ranks) if config.ridge else centring
+
+
+def _shrinking(
+    store: RowStore, centring: RowWhitening, config: WhiteningConfig, bar: Task, ranks: Ranks
+) -> RowWhitening:
+    components, shares = _leading(store, centring, config.components, bar, ranks)
     ridge = max(config.ridge, _ABOVE_CHANCE / len(store))
     factors = (ridge / (shares + ridge)).sqrt()
     shrunk = factors < 1 - _NEGLIGIBLE
     return replace(centring, components=components[:, shrunk].contiguous(), factors=factors[shrunk])
 
 
-def _leading(store: RowStore, centring: RowWhitening, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _leading(store: RowStore, centring: RowWhitening, count: int, bar: Task, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """(components (D, r), shares of variance (r,)), largest first."""
     count = min(count, len(store) - 1, store.width)
     width = min(count + _OVERSAMPLING, store.width)
@@ -53,6 +64,7 @@ def _leading(store: RowStore, centring: RowWhitening, count: int, ranks: Ranks) 
             product += rows.T @ (rows @ basis)
         ranks.add(product)
         basis = product
+        bar.advance()
     basis = torch.linalg.qr(basis).Q
     gram = torch.zeros(width, width, dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64)
@@ -61,6 +73,7 @@ def _leading(store: RowStore, centring: RowWhitening, count: int, ranks: Ranks) 
         gram += projected.T @ projected
         total += rows.double().square().sum()
     ranks.add(gram, total)
+    bar.advance()
     values, vectors = torch.linalg.eigh(gram)
     order = torch.argsort(values, descending=True)[:count]
     return basis @ vectors[:, order].float(), (values[order] / total).float()

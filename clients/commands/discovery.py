@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clients.options import DeviceOption, DtypeOption, ForceOption, names, numbers, quiet_libraries
+from clients.options import DeviceOption, DtypeOption, ForceOption, names, numbers, quiet_libraries, refuse_given
 
 if TYPE_CHECKING:
     from offline.config import DiscoverConfig
@@ -18,6 +18,7 @@ app = typer.Typer()
 
 @app.command()
 def discover(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", help="Directory or hub id of a causal language model.")],
     data: Annotated[Path, typer.Option("--data", help="Documents: JSONL (plain or .gz) or Parquet.")],
     out: Annotated[Path, typer.Option("--out", help="Package directory to write.")],
@@ -30,7 +31,7 @@ def discover(
     version: Annotated[str, typer.Option(help="Package version.")] = "1",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of everything random; same seed, same package.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the run; same seed, same package.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Read at most this many documents.")] = None,
     max_length: Annotated[
         int, typer.Option(help="Longest document in tokens; longer prompts are cut on the left.")
@@ -53,18 +54,20 @@ def discover(
     damping: Annotated[
         float | None,
         typer.Option(
-            help="Added to eigenvalues, relative to their mean in the matrix; default: 0.1.", show_default=False
+            help="Added to eigenvalues, relative to their mean in the matrix (with --recipe paper as it is); default: 0.1.",
+            show_default=False,
         ),
     ] = None,
     ridge: Annotated[
         float | None,
         typer.Option(
-            help="Share of the rows' variance above which a principal component is whitened, 0 for none; default: 0.01.",
+            help="Share of the rows' variance above which a principal component is whitened, 0 for none; default: 0.01. "
+            "At least 10 / documents.",
             show_default=False,
         ),
     ] = None,
     atoms: Annotated[
-        int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 documents.")
+        int | None, typer.Option(help="Size of the dictionary; default: one atom per 16 training documents, 8 to 500.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="L1 penalty of the dictionary's codes.")] = 0.1,
     signed_codes: Annotated[
@@ -142,11 +145,13 @@ def discover(
                                   continuation_tokens=continuation_tokens, coefficients=numbers(coefficients),
                                   **settings("calibrate", exponent=exponent)),
     )  # fmt: skip
-    if exponent is not None and config.steering.steps:
-        raise ConfigError(
-            f"--exponent {exponent:g} is of the unprojected atom, and directions are made of {config.steering.steps} steps; "
-            "add --steps 0"
-        )
+    if adapter:
+        refuse_given(context, ["target_modules", "rank", "lora_alpha", "epochs", "learning_rate"],
+                     "they are of the fine-tune that --adapter takes the place of")  # fmt: skip
+    if config.curvature.eigenvalues == "kronecker":
+        refuse_given(context, ["eigenvalue_documents"], f"--recipe {recipe} takes eigenvalues from the factors")
+    if config.steering.steps:
+        refuse_given(context, ["exponent"], "it is of the unprojected atom; add --steps 0")
     quiet_libraries()
     if dry_run:
         if ranks > 1:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clients.options import DeviceOption, DtypeOption, MixOption, ModelOption, PackageOption, quiet_libraries
+from clients.options import (
+    DeviceOption,
+    DtypeOption,
+    MixOption,
+    ModelOption,
+    PackageOption,
+    quiet_libraries,
+    refuse_given,
+)
 
 if TYPE_CHECKING:
     from server.embedded.load import EngineOptions
@@ -17,6 +25,7 @@ app = typer.Typer()
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The user's message.")],
     package: PackageOption,
     mix: MixOption = None,
@@ -34,6 +43,8 @@ def generate(
     """Stream one answer under a mix, without a server."""
     from clients.generate import stream_answer
 
+    if not temperature:
+        refuse_given(context, ["seed"], "a greedy answer has none; give --temperature")
     quiet_libraries()
     stream_answer(package, mix or [], prompt, system=system, model=model, max_tokens=max_tokens, temperature=temperature,
                   seed=seed, allow_out_of_range=allow_out_of_range, device=device, dtype=dtype)  # fmt: skip
@@ -41,6 +52,7 @@ def generate(
 
 @app.command()
 def chat(
+    context: typer.Context,
     package: Annotated[Path | None, typer.Option("--package", help="Package to run in this process.")] = None,
     server: Annotated[str | None, typer.Option("--server", help="URL of a running server instead.")] = None,
     key: Annotated[str | None, typer.Option("--key", envvar="ATOMSTEER_API_KEY", help="Key of the server.")] = None,
@@ -56,6 +68,10 @@ def chat(
     """Talk in the terminal; /mix, /atoms, /compare and /reset between turns."""
     from clients.chat import run_chat
 
+    if server is None:
+        refuse_given(context, ["key"], "it is of --server")
+    if not temperature:
+        refuse_given(context, ["seed"], "greedy answers have none")
     sampling = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
     run_chat(package=package, server=server, key=key, mix=mix or [], system=system, sampling=sampling,
              options=_engine_options(server, model, device, dtype, 2))  # fmt: skip
@@ -63,6 +79,7 @@ def chat(
 
 @app.command()
 def batch(
+    context: typer.Context,
     requests: Annotated[
         Path, typer.Argument(metavar="IN", help="OpenAI batch file or prompts: JSONL, CSV, Parquet, text.")
     ],
@@ -83,7 +100,7 @@ def batch(
         int | None, typer.Option(min=1, help="Requests in flight; default: twice the slots, or 32 with --server.")
     ] = None,
     max_retries: Annotated[
-        int, typer.Option(min=0, help="Tries after the first one, on 429, 5xx and no connection.")
+        int, typer.Option(min=0, help="Tries after the first one, on 408, 425, 429, 5xx but 501, and no connection.")
     ] = 10,
     timeout: Annotated[
         float | None, typer.Option(min=1, help="With --server: seconds to wait for an answer; default: 600.")
@@ -106,8 +123,10 @@ def batch(
 
     if server is not None and slots is not None:
         raise typer.BadParameter("--slots is for --package; the server has its own")
-    if server is None and timeout is not None:
-        raise typer.BadParameter("--timeout is for --server; the engine in this process is waited for")
+    if server is None:
+        refuse_given(context, ["timeout", "key"], "they are of --server; the engine in this process is waited for")
+    if requests.suffix.lower() == ".txt":
+        refuse_given(context, ["column"], f"{requests} is text, a prompt a line")
     slots = slots or 16
     body = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
     config = BatchConfig(

@@ -7,13 +7,23 @@ from typing import Annotated
 
 import typer
 
-from clients.options import DeviceOption, DtypeOption, ModelOption, PackageArgument, names, numbers, quiet_libraries
+from clients.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    PackageArgument,
+    names,
+    numbers,
+    quiet_libraries,
+    refuse_given,
+)
 
 app = typer.Typer()
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     package: PackageArgument,
     prompts: Annotated[
         Path | None, typer.Option(help="Evaluation prompts (JSONL); default: those that ship with atomsteer.")
@@ -80,9 +90,13 @@ def evaluate(
         dev_prompts=dev_prompts, dev_samples=dev_samples, heldout_prompts=heldout_prompts, max_kl=max_kl,
         max_degenerate=max_degenerate, kl_prompts=kl_prompts, random_controls=random_controls, curve=not no_curve, seed=seed,
     )  # fmt: skip
+    if not data:
+        refuse_given(context, ["label", "label_field", "supervised_documents"], "they are of --data; give that too")
+    if not temperature:
+        refuse_given(context, ["top_p"], "greedy answers have none; give --temperature")
+    if dev_samples == 1:
+        refuse_given(context, ["finalists"], "they are given more answers; give --dev-samples")
     labelled = Labelled(data, label_field, parse_labels(label or []), supervised_documents) if data else None
-    if label and not data:
-        raise typer.BadParameter("--label names labels of --data; give that too")
     run_evaluate(
         package, config, prompts=prompts, out=out, decoding=Decoding(max_tokens, temperature, top_p, seed), labelled=labelled,
         write_cards=write_cards, plots=not no_plots, quiet=quiet,
@@ -92,6 +106,7 @@ def evaluate(
 
 @app.command()
 def sweep(
+    context: typer.Context,
     package: PackageArgument,
     atoms: Annotated[str, typer.Option(help="Atoms, comma separated.")] = "",
     coefficients: Annotated[str, typer.Option(help="Coefficients of each atom, such as -2,-1,0,1,2.")] = "",
@@ -132,6 +147,12 @@ def sweep(
     from offline.evaluation.answers import Decoding
     from server.embedded.load import EngineOptions
 
+    if texts:
+        refuse_given(context, ["split"], "--texts holds plain prompts")
+    if not atoms:
+        refuse_given(context, ["combine"], "it is of --atoms and --coefficients")
+    if not temperature:
+        refuse_given(context, ["top_p", "seed"], "greedy answers have none; give --temperature")
     run_sweep(
         package, atoms=names(atoms), coefficients=numbers(coefficients), combine=combine, mixes=mix or [],
         prompts=sweep_prompts(prompts, texts, names(behaviours), kind, split, limit), detectors=names(detectors),

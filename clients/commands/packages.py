@@ -16,6 +16,7 @@ from clients.options import (
     PackageArgument,
     numbers,
     quiet_libraries,
+    refuse_given,
 )
 
 app = typer.Typer()
@@ -56,6 +57,7 @@ def report(
 
 @app.command()
 def label(
+    context: typer.Context,
     package: PackageArgument,
     atom: Annotated[str | None, typer.Argument(help="Id or alias of the atom.")] = None,
     alias: Annotated[str | None, typer.Argument(help="Its new alias.")] = None,
@@ -90,6 +92,8 @@ def label(
         count = sum(card.alias is not None for card in named.manifest.atoms)
         print(f"{package}: {count} of {len(named.manifest.atoms)} atoms named")
         return
+    measuring = ("prompts", "coefficients", "prompts_per_behaviour", "max_tokens", "slots", "model", "device", "dtype")
+    refuse_given(context, measuring, "nothing is measured without --from-detectors")
     if atom is None or (alias is None) != remove:
         raise typer.BadParameter("give ID and ALIAS, ID and --remove, or --from-detectors")
     write_report(opened.relabel(atom, alias))

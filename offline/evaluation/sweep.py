@@ -55,7 +55,7 @@ def sweep(
     ConfigError if there is no prompt.
     """
     if not prompts:
-        raise ConfigError("there is no prompt to sweep over; choose another --behaviour, --kind or --split")
+        raise ConfigError("there is no prompt to sweep over; choose other --behaviours, --kind or --split")
     chosen = [get_detector(name) for name in detectors]
     distinct = list(dict.fromkeys([Mix(), *mixes]))
     answers = harness.answer("answers", [("", mix) for mix in distinct], {"": prompts}, progress)

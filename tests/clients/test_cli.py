@@ -109,10 +109,11 @@ def test_a_damaged_package_ends_with_status_2_and_the_file(cli: Cli, package: Pa
         ({"--model": "no/such/model"}, "no/such/model"),
         ({"--target-modules": "c_attn"}, "c_attn"),
         ({"--epochs": "0"}, "epochs is 0.0"),
+        ({"--calibration-prompts": "49"}, "prompts is 49; it must be 1 to 48"),
         ({"--dtype": "int4"}, "int4"),
         ({"--device": "warp"}, "warp"),
     ],
-    ids=["data", "model", "targets", "epochs", "dtype", "device"],
+    ids=["data", "model", "targets", "epochs", "prompts", "dtype", "device"],
 )
 def test_discover_refuses_bad_input_and_leaves_no_package(
     cli: Cli,
@@ -129,3 +130,34 @@ def test_discover_refuses_bad_input_and_leaves_no_package(
     assert status == 2
     assert "error: " in err and named in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "discover --model M --data D --out O --adapter A --rank 4",
+        "discover --model M --data D --out O --adapter A --epochs 1",  # its default, and still said for nothing
+        "discover --model M --data D --out O --recipe paper --eigenvalue-documents 8",
+        "discover --model M --data D --out O --exponent 0",
+        "evaluate P --label a=b",
+        "evaluate P --supervised-documents 8",
+        "evaluate P --top-p 0.9",
+        "evaluate P --finalists 2",
+        "sweep P --texts T --split dev",
+        "sweep P --mix a=1 --combine",
+        "sweep P --mix a=1 --seed 1",
+        "label P ID name --slots 4",
+        "generate --package P Hi --seed 1",
+        "chat --package P --key k",
+        "chat --package P --temperature 0 --seed 1",
+        "batch lines.jsonl --out O --package P --key k",
+        "batch lines.jsonl --out O --package P --timeout 9",
+        "batch lines.txt --out O --package P --column text",
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(cli: Cli, package: Package, line: str) -> None:
+    parts = [{"P": package.path, "ID": package.manifest.atoms[0].id}.get(part, part) for part in line.split()]
+    status, out, err = cli(*parts)
+    flag = next(part for part in reversed(line.split()) if part.startswith("--"))
+    assert (status, out) == (2, "")
+    assert f"{flag} would change nothing: " in re.sub(r"[\s│]+", " ", err)

@@ -95,9 +95,15 @@ def test_the_drift_matrix_is_the_mean_covariance_of_logit_changes(
 def test_memory_chunks_do_not_change_the_matrix(
     meter: DriftMeter, directions: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = drift_matrix(meter, directions)
-    monkeypatch.setattr(calibrate, "_DELTA_LOGITS_BYTES", 1)
-    assert torch.allclose(drift_matrix(meter, directions), whole, rtol=1e-3, atol=1e-6)
+    """Even where a chunk holds less than a document."""
+    whole, sizes = drift_matrix(meter, directions), []
+    log_probs = meter._log_probs
+    monkeypatch.setattr(meter, "_log_probs", lambda *of: sizes.append(len(of[0].labels)) or log_probs(*of))
+    a_label = len(directions) * int(meter.steered.model.config.vocab_size) * 4
+    for labels in (1, 3):
+        monkeypatch.setattr(calibrate, "_DELTA_LOGITS_BYTES", labels * a_label)
+        assert torch.allclose(drift_matrix(meter, directions), whole, rtol=1e-3, atol=1e-6)
+        assert max(sizes) == labels
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from offline.rows import RowStore, shard_path
 from offline.whitening import fit_whitening
 
 ALPHA = 0.1
+QUIET = Progress(quiet=True)
 
 
 def planted_rows(documents: int = 120, atoms: int = 8, dim: int = 24) -> Tensor:
@@ -40,12 +41,12 @@ def store(tmp_path: Path) -> RowStore:
         documents = torch.arange(shard, len(rows), 3).flip(0)
         write_tensors(shard_path(tmp_path, shard), {"document": documents, "row": rows[documents]})
     store = RowStore(tmp_path)
-    return replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=0)))
+    return replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=0), QUIET))
 
 
 def learn(store: RowStore, seed: int = 0, **settings: object):
     config = DictionaryConfig(**({"atoms": 8, "alpha": ALPHA, "iterations": 40} | settings))
-    return learn_dictionary(store, range(len(store)), config, seed, Progress(quiet=True))
+    return learn_dictionary(store, range(len(store)), config, seed, QUIET)
 
 
 @pytest.mark.parametrize("nonnegative", [True, False])
@@ -119,7 +120,7 @@ def test_a_pass_equals_the_plain_computation_on_whitened_rows(
 ) -> None:
     """Batches over the bounds of shards, some documents only, whitening of atoms: against float64 on whitened rows."""
     monkeypatch.setattr(rows_module, "BATCH_DOCUMENTS", 25)
-    store = replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=ridge)))
+    store = replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=ridge), QUIET))
     documents = [d for d in range(len(store)) if d % 4]
     rows, atoms = store.rows(documents).double(), torch.nn.functional.normalize(planted_rows()[:9])
     found = dictionary_module._accumulate(store, documents, store.scales(documents), atoms, DictionaryConfig(), ALONE)

@@ -198,7 +198,7 @@ def projected(tiny_lora, tmp_path: Path) -> Iterator[tuple]:
     projection = fit_projection(space, factors, eigenvalues, CurvatureConfig(components=30))
     write_rows(model, projection, DOCUMENTS, 64, tmp_path, QUIET)
     store = RowStore(tmp_path)
-    yield model, space, projection, replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=0)))
+    yield model, space, projection, replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=0), QUIET))
 
 
 def test_fused_rows_equal_the_projection_of_full_gradients(projected) -> None:

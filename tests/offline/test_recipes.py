@@ -79,7 +79,7 @@ def test_our_learner_reaches_an_objective_no_higher_than_scikit_learn(
     tiny_package, tiny_config: Callable[..., DiscoverConfig]
 ) -> None:
     store = RowStore(tiny_package.path.with_name("package.work") / "rows")
-    store = dataclasses.replace(store, fitted=fit_whitening(store, WhiteningConfig()))
+    store = dataclasses.replace(store, fitted=fit_whitening(store, WhiteningConfig(), QUIET))
     documents = range(len(store))
     for nonnegative in (True, False):
         config = DictionaryConfig(atoms=6, alpha=0.1, nonnegative=nonnegative, iterations=40)

@@ -238,7 +238,8 @@ def test_a_large_dictionary_makes_no_huge_page(tiny_package: Package) -> None:
     card = tiny_package.manifest.atoms[0]
     cards = [card.model_copy(update={"id": f"a-{n:08x}"}) for n in range(kept)]
     tensors = dict(tiny_package.projection_tensors)
-    tensors["dictionary"] = torch.nn.functional.normalize(torch.randn(count, 20, generator=generator), dim=1)
+    rows = torch.randn(count, tensors["dictionary"].shape[1], generator=generator)
+    tensors["dictionary"] = torch.nn.functional.normalize(rows, dim=1)
     tensors["dictionary_index"] = torch.arange(kept)
     tensors["documents_per_atom"] = torch.randint(1, 500, (count,), generator=generator).int()
     factor = torch.randn(kept, kept, generator=generator)

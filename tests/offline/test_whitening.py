@@ -11,14 +11,14 @@ from torch import Tensor
 from atoms.errors import ConfigError
 from atoms.storage import write_tensors
 from offline.config import WhiteningConfig
+from offline.progress import Progress
 from offline.rows import RowStore, shard_path
 from offline.whitening import fit_whitening
 
 DIM = 40
-
-
 RIDGE = 0.05
 """10 / 200 documents: the least ridge for the rows of these tests."""
+QUIET = Progress(quiet=True)
 
 
 def stored(folder: Path, rows: Tensor, shard: int = 30) -> RowStore:
@@ -47,7 +47,7 @@ def oracle(rows: Tensor, ridge: float) -> Tensor:
 
 def test_leading_components_are_whitened_as_a_full_decomposition_would(tmp_path: Path, rows: Tensor) -> None:
     store = stored(tmp_path, rows)
-    whitening = fit_whitening(store, WhiteningConfig(ridge=RIDGE))
+    whitening = fit_whitening(store, WhiteningConfig(ridge=RIDGE), QUIET)
     assert torch.allclose(whitening.mean, rows.mean(0), atol=1e-5)
     assert torch.allclose(whitening.components.T @ whitening.components, torch.eye(len(whitening.factors)), atol=1e-4)
     found = RowStore(tmp_path, whitening).rows(range(len(rows)))
@@ -57,8 +57,8 @@ def test_leading_components_are_whitened_as_a_full_decomposition_would(tmp_path:
 
 def test_few_components_whiten_only_the_strongest(tmp_path: Path, rows: Tensor) -> None:
     store = stored(tmp_path, rows)
-    two = fit_whitening(store, WhiteningConfig(ridge=RIDGE, components=2))
-    all_of_them = fit_whitening(store, WhiteningConfig(ridge=RIDGE))
+    two = fit_whitening(store, WhiteningConfig(ridge=RIDGE, components=2), QUIET)
+    all_of_them = fit_whitening(store, WhiteningConfig(ridge=RIDGE), QUIET)
     assert len(two.factors) == 2
     assert torch.allclose(two.factors, all_of_them.factors[:2], atol=1e-3)
     assert (two.components * all_of_them.components[:, :2]).sum(0).abs().min() > 0.999
@@ -66,24 +66,24 @@ def test_few_components_whiten_only_the_strongest(tmp_path: Path, rows: Tensor) 
 
 def test_memory_does_not_decide_the_outcome(tmp_path: Path, rows: Tensor) -> None:
     """Shards of 7 or 200 documents give the same whitening: sums over shards are all that is kept."""
-    small = fit_whitening(stored(tmp_path / "a", rows, 7), WhiteningConfig())
-    whole = fit_whitening(stored(tmp_path / "b", rows, 200), WhiteningConfig())
+    small = fit_whitening(stored(tmp_path / "a", rows, 7), WhiteningConfig(), QUIET)
+    whole = fit_whitening(stored(tmp_path / "b", rows, 200), WhiteningConfig(), QUIET)
     assert torch.allclose(small.factors, whole.factors, atol=1e-4)
     assert torch.allclose(small.apply(rows)[0], whole.apply(rows)[0], atol=1e-3)
 
 
 def test_few_documents_raise_the_ridge_above_chance(tmp_path: Path, rows: Tensor) -> None:
     store = stored(tmp_path, rows)
-    least, less = (fit_whitening(store, WhiteningConfig(ridge=ridge)) for ridge in (RIDGE, 0.001))
+    least, less = (fit_whitening(store, WhiteningConfig(ridge=ridge), QUIET) for ridge in (RIDGE, 0.001))
     assert torch.equal(least.factors, less.factors)
 
 
 def test_without_a_ridge_rows_are_only_centred(tmp_path: Path, rows: Tensor) -> None:
     store = stored(tmp_path, rows)
-    whitening = fit_whitening(store, WhiteningConfig(ridge=0))
+    whitening = fit_whitening(store, WhiteningConfig(ridge=0), QUIET)
     expected = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
     assert torch.allclose(whitening.apply(rows)[0], expected, atol=1e-5)
-    bare = fit_whitening(store, WhiteningConfig(centred=False, ridge=0))
+    bare = fit_whitening(store, WhiteningConfig(centred=False, ridge=0), QUIET)
     assert torch.allclose(bare.apply(rows)[0], torch.nn.functional.normalize(rows, dim=1), atol=1e-6)
 
 
