@@ -9,8 +9,9 @@ coherence from sketches, near-duplicates (|cos| > 0.8) of better atoms removed; 
 they stand for, with the whitening across matrices undone. Shown are the distinct atoms of raw coherence above 0.1; how many
 task types have an atom with at least 80% and 60% of one type among its top documents; the same for the half of the types on
 which settings may be chosen ("chosen on"); and the share of the coherent atoms found again (|cos| > 0.8) in both of two
-random halves of the documents. With --packaged also how many atoms a discovery would package and the share of those that is
-found again so; that takes another dictionary. Means over seeds. Task labels (`task` of each line) are read here only.
+random halves of the documents. With --packaged also how many atoms a discovery would package, the task types of those, and
+the share of them that is found again (each with a match of its own); that takes another dictionary. Means over seeds. Task
+labels (`task` of each line) are read here only.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ def main() -> None:
     print(f"{gradients.count} documents, {len(set(tasks))} task types")
     print(
         f"{'':<30}{'K':>5}{'coherent':>9}{'kept':>6}{'≥ 80%':>7}{'≥ 60%':>7}{'chosen on':>11}{'halves':>8}{'codes':>7}"
+        + (f"{'packaged':>10}{'≥ 80%':>7}{'≥ 60%':>7}{'halves':>8}" if options.packaged else "")
     )
     results = []
     for name, setting in chosen.items():
@@ -219,20 +221,37 @@ def judge(
     codes = encoded.to_dense()
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).tolist()
     directions = as_gradients(store, learned.atoms)
-    found_again = torch.ones(len(directions), dtype=torch.bool)
-    for half in (order[: len(order) // 2], order[len(order) // 2 :]):
-        other = learn_dictionary(store, sorted(half), config, seed, QUIET).atoms
-        found_again &= stability(directions, as_gradients(store, other)) > MATCHED
+    halves = [as_gradients(store, learn_dictionary(store, sorted(half), config, seed, QUIET).atoms)
+              for half in (order[: len(order) // 2], order[len(order) // 2 :])]  # fmt: skip
+    found_again = in_both(directions, halves)
     rated = rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
     if lengths is not None:
         second = learn_dictionary(store, everyone, config, seed + 1, QUIET).atoms
         found = candidates(store, encoded, lengths, SelectConfig(), seed)
-        chosen = select(found, directions, stability(learned.atoms, second), SelectConfig())
+        chosen = select(found, directions, stability(directions, as_gradients(store, second)), SelectConfig())
+        kept = directions[[c.atom for c in chosen]]
+        best = purities([c.documents for c in chosen], tasks)
         rated |= {
             "packaged": len(chosen),
-            "packaged_halves": float(found_again[[c.atom for c in chosen]].float().mean()),
+            "packaged_80": sum(p >= 0.8 for p in best.values()),
+            "packaged_60": sum(p >= 0.6 for p in best.values()),
+            "packaged_halves": float(in_both(kept, halves).float().mean()),
         }
     return rated
+
+
+def in_both(directions: Tensor, halves: Sequence[Tensor]) -> Tensor:
+    """Which of unit directions (n, D) have a match of their own in the dictionaries of both halves, (n,)."""
+    return torch.stack([stability(directions, half) > MATCHED for half in halves]).all(0)
+
+
+def purities(groups: Sequence[Sequence[int]], tasks: Sequence[str]) -> dict[str, float]:
+    """Task type -> the largest share that it has of a group in which it is the most frequent."""
+    best: dict[str, float] = {}
+    for members in groups:
+        task, count = Counter(tasks[d] for d in members).most_common(1)[0]
+        best[task] = max(best.get(task, 0.0), count / len(members))
+    return best
 
 
 def as_gradients(store: RowStore, atoms: Tensor) -> Tensor:
@@ -259,10 +278,7 @@ def rate(
             not kept or float((cosines if signs is None else cosines.abs()).max()) <= DUPLICATE
         ):  # without signs −d is another group
             kept.append(group)
-    best: dict[str, float] = {}
-    for _, _, members in kept:
-        task, count = Counter(tasks[d] for d in members).most_common(1)[0]
-        best[task] = max(best.get(task, 0.0), count / len(members))
+    best = purities([members for _, _, members in kept], tasks)
     chosen_on = sorted(set(tasks))[::2]
     coherent = [k for k in kept if k[0] > COHERENT]
     matched = 0.0
@@ -324,7 +340,9 @@ def average(judged: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def show(name: str, row: dict[str, float]) -> dict[str, Any]:
     chosen = f"{row['chosen_80']:.1f}/{row['chosen_60']:.1f}"
-    packaged = f"{row['packaged']:>6.1f}{row['packaged_halves']:>5.0%}" if "packaged" in row else ""
+    packaged = ""
+    if "packaged" in row:
+        packaged = f"{row['packaged']:>10.1f}{row['packaged_80']:>7.1f}{row['packaged_60']:>7.1f}{row['packaged_halves']:>8.0%}"
     print(f"{name:<30}{row['K']:>5.0f}{row['coherent']:>9.1f}{row['kept']:>6.1f}{row['types_80']:>7.1f}{row['types_60']:>7.1f}"
           f"{chosen:>11}{row['halves']:>8.0%}{row['codes']:>7.1f}{packaged}", flush=True)  # fmt: skip
     return {"setting": name, **row}

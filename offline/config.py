@@ -102,15 +102,17 @@ class DictionaryConfig:
 class SelectConfig:
     """Which dictionary atoms go on to calibration: supported, coherent against chance, stable across seeds, distinct.
 
-    `min_documents` None: half as many as the dictionary's atoms have on average, at least 6. Best raw coherence first. Of two
-    atoms whose gradients have a cosine above `max_cosine` the better is kept.
+    `min_documents` None: half as many as the dictionary's atoms have on average, at least 6. Of two atoms whose gradients have
+    a cosine above `max_cosine` the better is kept. `distinct`: an atom ranks by its coherence times its stability times how far
+    it is from those that rank before it; off: by its coherence alone.
     `sign_aligned`: a document with a negative code counts with its gradient reversed.
     """
 
-    keep: int = 24
+    keep: int = 48
     min_documents: int | None = None
     min_z: float = 3.0
-    max_cosine: float = 0.5
+    max_cosine: float = 0.8
+    distinct: bool = True
     min_stability: float = 0.5
     top_documents: int = 20
     sign_aligned: bool = True
@@ -167,7 +169,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "curvature": {"eigenvalues": "kronecker", "damping": 1e-6, "absolute_damping": True},
         "whitening": {"centred": False, "ridge": 0.0},
         "dictionary": {"learner": "scikit-learn", "nonnegative": False},
-        "select": {"min_documents": 6, "min_z": -1e6, "max_cosine": 1.0, "min_stability": 0.0, "sign_aligned": False},
+        "select": {
+            "min_documents": 6,
+            "min_z": -1e6,
+            "max_cosine": 1.0,
+            "distinct": False,
+            "min_stability": 0.0,
+            "sign_aligned": False,
+        },
         "steering": {"steps": 0},
         "calibrate": {"exponent": 0.5},
     },

@@ -232,14 +232,17 @@ class Run:
         codes = encode(store, self.training, dictionary.atoms, config.dictionary)
         lengths = [len(document.response_ids) for document in self.encoded.documents]
         found = candidates(store, codes, lengths, config.select, config.seed)
-        stabilities = stability(dictionary.atoms, second)
         least = least_support(codes, config.select)
-        gradients = store.whitening.undo(dictionary.atoms, 0.5)
+        gradients, again = (
+            torch.nn.functional.normalize(store.whitening.undo(atoms, 0.5), dim=1)
+            for atoms in (dictionary.atoms, second)
+        )
+        stabilities = stability(gradients, again)
         chosen = select(found, gradients, stabilities, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least "
             f"{least} documents, {len(chosen)} kept (z ≥ {config.select.min_z:g}, "
-            f"|cos| ≤ {config.select.max_cosine:g}, at most {config.select.keep})"
+            f"stability ≥ {config.select.min_stability:g}, at most {config.select.keep})"
         )
         if not chosen:
             raise DataError(

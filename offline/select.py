@@ -87,23 +87,24 @@ def candidates(
 
 
 def select(found: Sequence[Candidate], gradients: Tensor, stabilities: Tensor, config: SelectConfig) -> list[Candidate]:
-    """The best `keep` candidates by raw coherence that are beyond chance (`min_z`), found again with another seed
-    (`min_stability`) and no near-duplicates of better ones. stabilities (K,).
+    """The best `keep` candidates that are beyond chance (`min_z`) and found again with another seed (`min_stability`), most
+    coherent first.
 
-    gradients (K, D): the atoms with the rows' whitening undone. Whitening sets apart what points almost the same way, so atoms
-    that split one behaviour are orthogonal in it, yet steer alike.
+    Taken one after the other by coherence × stability × (1 − m), m the largest |cosine| with the gradient of one that is taken
+    already: what holds together, comes again, and is new. Near-duplicates (m > `max_cosine`) are passed over.
+    gradients (K, D): unit atoms with the rows' whitening undone. Whitening sets apart what points almost the same way, so atoms
+    that split one behaviour are orthogonal in it, yet steer alike. stabilities (K,).
     """
-    unit = torch.nn.functional.normalize(gradients, dim=1)
-    chosen: list[Candidate] = []
-    for candidate in sorted(found, key=lambda c: -c.coherence.raw):
-        if len(chosen) == config.keep:
-            break
-        if candidate.coherence.raw_z < config.min_z or stabilities[candidate.atom] < config.min_stability:
-            continue
-        if chosen and float((unit[[c.atom for c in chosen]] @ unit[candidate.atom]).abs().max()) > config.max_cosine:
-            continue
-        chosen.append(candidate)
-    return chosen
+    left = [c for c in found if c.coherence.raw_z >= config.min_z and stabilities[c.atom] >= config.min_stability]
+    worth = {c.atom: c.coherence.raw * (float(stabilities[c.atom]) if config.distinct else 1.0) for c in left}
+    nearest, chosen = torch.zeros(len(gradients)), list[Candidate]()
+    while left and len(chosen) < config.keep:
+        new = 1 - nearest if config.distinct else torch.ones(len(gradients))
+        best = max(left, key=lambda c: worth[c.atom] * float(new[c.atom]))
+        chosen.append(best)
+        nearest = torch.maximum(nearest, (gradients @ gradients[best.atom]).abs())
+        left = [c for c in left if c is not best and nearest[c.atom] <= config.max_cosine]
+    return sorted(chosen, key=lambda c: -c.coherence.raw)
 
 
 def coherence(unit: Tensor, signs: Tensor) -> float:

@@ -77,7 +77,7 @@ def discover(
     recipe: Annotated[
         str, typer.Option(help="default, or paper: the published pipeline's choices, for comparison.")
     ] = "default",
-    keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 24,
+    keep: Annotated[int, typer.Option(help="Most atoms to calibrate and package.")] = 48,
     min_documents: Annotated[
         int | None,
         typer.Option(help="Fewest documents that support an atom; default: half the dictionary's mean, at least 6."),

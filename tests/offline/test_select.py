@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -116,6 +117,17 @@ def test_selection_takes_the_best_skips_duplicates_and_chance() -> None:
     found = [candidate(0, 0.5), candidate(1, 0.4), candidate(2, 0.45), candidate(3, 0.9, z=1.0), candidate(4, 0.3)]
     chosen = select(found, atoms, torch.ones(5), SelectConfig(keep=2, min_z=3.0, max_cosine=0.8))
     assert [c.atom for c in chosen] == [0, 1]
+
+
+def test_selection_passes_over_what_is_hardly_new_or_hardly_found_again() -> None:
+    """By coherence × stability × (1 − cosine with one that is taken): 0.5; then 0.45 · 0.3, 0.4 · 0.9, 0.45 · 0.5."""
+    atoms = torch.eye(4)
+    atoms[1] = torch.nn.functional.normalize(0.7 * atoms[0] + (1 - 0.7**2) ** 0.5 * atoms[1], dim=0)
+    found = [candidate(0, 0.5), candidate(1, 0.45), candidate(2, 0.4), candidate(3, 0.45)]
+    stabilities, config = torch.tensor([1.0, 1.0, 0.9, 0.5]), SelectConfig(keep=2)
+    assert [c.atom for c in select(found, atoms, stabilities, config)] == [0, 2]
+    plain = dataclasses.replace(config, distinct=False)
+    assert [c.atom for c in select(found, atoms, stabilities, plain)] == [0, 1]
 
 
 def test_selection_drops_atoms_that_another_seed_does_not_find() -> None:
