@@ -281,14 +281,14 @@ def rate(
     best = purities([members for _, _, members in kept], tasks)
     chosen_on = sorted(set(tasks))[::2]
     coherent = [k for k in kept if k[0] > COHERENT]
-    matched = 0.0
-    if found_again is not None and coherent:
-        matched = float(found_again[[k[1] for k in coherent]].float().mean())
+    matched = {}
+    if found_again is not None:
+        matched["halves"] = float(found_again[[k[1] for k in coherent]].float().mean()) if coherent else 0.0
     return {"K": len(directions), "coherent": len(coherent), "kept": len(kept),
             "types_80": sum(p >= 0.8 for p in best.values()), "types_60": sum(p >= 0.6 for p in best.values()),
             "chosen_80": sum(best.get(t, 0) >= 0.8 for t in chosen_on),
             "chosen_60": sum(best.get(t, 0) >= 0.6 for t in chosen_on),
-            "halves": matched, "codes": float((weights > 0).float().sum(1).mean())}  # fmt: skip
+            **matched, "codes": float((weights > 0).float().sum(1).mean())}  # fmt: skip
 
 
 Grouping = Callable[[int], tuple[Tensor, Tensor]]
@@ -340,11 +340,11 @@ def average(judged: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def show(name: str, row: dict[str, float]) -> dict[str, Any]:
     chosen = f"{row['chosen_80']:.1f}/{row['chosen_60']:.1f}"
-    packaged = ""
+    halves, packaged = f"{row['halves']:.0%}" if "halves" in row else "", ""
     if "packaged" in row:
         packaged = f"{row['packaged']:>10.1f}{row['packaged_80']:>7.1f}{row['packaged_60']:>7.1f}{row['packaged_halves']:>8.0%}"
     print(f"{name:<30}{row['K']:>5.0f}{row['coherent']:>9.1f}{row['kept']:>6.1f}{row['types_80']:>7.1f}{row['types_60']:>7.1f}"
-          f"{chosen:>11}{row['halves']:>8.0%}{row['codes']:>7.1f}{packaged}", flush=True)  # fmt: skip
+          f"{chosen:>11}{halves:>8}{row['codes']:>7.1f}{packaged}", flush=True)  # fmt: skip
     return {"setting": name, **row}
 
 
