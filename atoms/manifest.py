@@ -108,7 +108,7 @@ class AtomCard(_Frozen):
     keywords: list[str]
     coherence: Coherence
     stability: float | None = Field(
-        description="|cosine| with its match in a second dictionary seed; null: not measured"
+        description="|cosine| of its gradient with its match in a dictionary of another seed; null: not measured"
     )
     n_documents: int
     orientation: Orientation
