@@ -57,14 +57,14 @@ class Shown:
 
 
 def demo_config(directory: Path, model: Path) -> DiscoverConfig:
-    """Sized for 12 minutes on two cores without bf16: one pass of training and one of gradients, few calibration tokens."""
+    """Sized for 15 minutes on two cores without bf16: one pass of training and one of gradients, few calibration tokens."""
     return DiscoverConfig(
         model=str(model), data=demo_data("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
         work=directory / "work",
         finetune=FinetuneConfig(epochs=1.0),
         curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=64),
         dictionary=DictionaryConfig(),
-        select=SelectConfig(keep=12, min_documents=6),  # a behaviour of the demo has 34 documents to learn from
+        select=SelectConfig(keep=16, min_documents=6),  # 16 behaviours, each with 34 documents to learn from
         calibrate=CalibrateConfig(prompts=4, continuation_tokens=24, coefficients=(-3.0, -1.0, 1.0, 3.0),
                                   orientation_documents=4),
     )  # fmt: skip
