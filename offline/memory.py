@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from contextlib import suppress
 
 _THRESHOLD = 2**23
 _M_MMAP_THRESHOLD = -3
@@ -25,3 +26,15 @@ def return_freed_memory() -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD))
     except AttributeError:  # musl has no mallopt
         return False
+
+
+def trim() -> None:
+    """Gives back what lies freed between smaller blocks that stay, which glibc never does by itself (malloc_trim(3)).
+
+    At the end of a stage that is what its batches took, a gibibyte on a model of 135 million parameters: the next stage's peak
+    would come on top of it. Takes milliseconds. Does nothing without glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with suppress(AttributeError):  # musl has none
+        ctypes.CDLL(None).malloc_trim(0)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
+from offline.memory import trim
+
 _LINE_EVERY_SECONDS = 15.0
 
 
@@ -95,6 +97,7 @@ class Progress:
             self.say(f"  {name}: {task.done}/{total} {unit} in {time.monotonic() - started:.1f} s"
                      + (f", {task.note}" if task.note else ""))  # fmt: skip
         self.costs[name] = StageCost(round(time.monotonic() - started, 4), _peak_mib())
+        trim()  # so that what this stage has freed does not add to the next one's peak
 
     def _rich_task(self, name: str, total: int, unit: str, done: int) -> Iterator[Task]:
         from rich.console import Console
