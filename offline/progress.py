@@ -13,6 +13,7 @@ from typing import TextIO
 from offline.memory import trim
 
 _LINE_EVERY_SECONDS = 15.0
+_TRIM_EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,14 @@ class Task:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self.note = ""
         self._start, self._start_done = time.monotonic(), done
+        self._trimmed = self._start
 
     def advance(self, amount: int = 1, note: str = "") -> None:
         self.done += amount
         self.note = note or self.note
+        if time.monotonic() - self._trimmed >= _TRIM_EVERY_SECONDS:  # holes between batches of many shapes add up
+            trim()
+            self._trimmed = time.monotonic()
 
     @property
     def elapsed(self) -> float:
