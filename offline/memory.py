@@ -16,9 +16,10 @@ def return_freed_memory() -> bool:
     """From now on, blocks of 8 MiB and more go back to the system when they are freed. Returns whether the allocator obeys.
 
     glibc raises its threshold to 32 MiB as such blocks are freed; activations of many shapes then lie among what stays, and
-    leave holes that no later batch fits. A discovery peaked 18% higher, and the more the longer it ran. Giving smaller blocks
-    back as well costs up to half of the speed where page faults are slow (docs/discovery.md). Does nothing without glibc, and
-    nothing where the environment sets the threshold (``MALLOC_MMAP_THRESHOLD_``) or another allocator is loaded.
+    leave holes that no later batch fits. A discovery peaked a fifth higher, and the more the longer it ran. Giving smaller
+    blocks back at once as well costs up to half of the speed where page faults are slow (docs/discovery.md); `trim` does it
+    now and then. Does nothing without glibc, and nothing where the environment sets the threshold
+    (``MALLOC_MMAP_THRESHOLD_``) or another allocator is loaded.
     """
     if not sys.platform.startswith("linux") or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return False
