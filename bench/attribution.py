@@ -50,6 +50,8 @@ from offline.progress import Progress
 from offline.rows import RowStore
 
 TOP, ANSWER_TOKENS = 20, 40
+RETRAINING = ("model", "data", "atoms", "leave", "documents", "draws", "batch_documents")
+"""Options of retrain alone."""
 
 
 def main() -> None:
@@ -59,17 +61,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model")
-    parser.add_argument("--atoms", type=int, default=3)
-    parser.add_argument("--leave", type=int, default=20)
+    parser.add_argument("--atoms", type=int, help="default: 3")
+    parser.add_argument("--leave", type=int, help="top documents of each; default: 20")
     parser.add_argument("--documents", type=int, help="documents to train on; default: all")
-    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--draws", type=int, help="of random ones; default: 2")
     parser.add_argument("--batch-documents", type=int, help="documents a step; default: the discovery's")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.check == "retrain" and options.data is None:
         parser.error("retrain needs --data, the documents of the discovery")
-    if options.check == "ranks" and options.data is not None:
-        parser.error("ranks reads the rows of --work; leave --data out")
+    if options.check == "ranks" and any(getattr(options, name) is not None for name in RETRAINING):
+        parser.error(f"ranks reads the rows of --work; leave {', '.join(RETRAINING)} out")
+    options.atoms, options.leave, options.draws = options.atoms or 3, options.leave or 20, options.draws or 2
     package = Package.read(options.package)
     settings = package.manifest.record["config"]
     store = RowStore(options.work / "rows", RowWhitening.from_tensors(package.projection_tensors))

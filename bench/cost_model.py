@@ -114,8 +114,8 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
         **{f"dictionary, {DICTIONARY_PASSES} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
         f"directions of {options.kept} atoms": _hours(options.kept * steps * options.tokens / options.pass_rate / 3600),
-        "atoms, AᵀX and their copies in memory": f"{16 * count * dim / 2**30:,.1f} GiB",
-        "codes of all documents (selection) in memory": f"{documents * (12 * USED + 8) / 2**30:,.2f} GiB",
+        "atoms, AᵀX and their copies in memory": f"{20 * count * dim / 2**30:,.1f} GiB",
+        "codes and lengths of all documents (selection)": f"{150 * documents / 2**30:,.2f} GiB",
         f"cosines of held-out documents, {options.kept} atoms": f"{4 * HELD_OUT * documents * options.kept / 2**30:,.2f} GiB",
         f"drift matrix of {options.kept} atoms": f"{2 * options.kept + 1} forward passes a prompt",
     }

@@ -40,8 +40,8 @@ def main() -> None:
     if options.cpu:
         count_cpu_seconds()
     model = options.model or prepare_demo_model(Path(".cache/models"))
-    if options.dir and (options.dir / "package").exists():
-        parser.error(f"{options.dir} has a package already; give another --dir")
+    if options.dir and any((options.dir / part).exists() for part in ("package", "work")):
+        parser.error(f"{options.dir} has a discovery already; give another --dir")
     with nullcontext(options.dir) if options.dir else tempfile.TemporaryDirectory() as folder:
         config = replace(demo_config(Path(folder), model.resolve()), limit=options.limit)
         if options.data:

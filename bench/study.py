@@ -10,8 +10,8 @@ they stand for, with the whitening across matrices undone. Shown are the distinc
 task types have an atom with at least 80% and 60% of one type among its top documents; the same for the half of the types on
 which settings may be chosen ("chosen on"); and the share of the coherent atoms found again (|cos| > 0.8) in both of two
 random halves of the documents. With --packaged also how many atoms a discovery would package, the task types of those, and
-the share of them that is found again (each with a match of its own); that takes another dictionary. Means over seeds. Task
-labels (`task` of each line) are read here only.
+the share of them that is found again (each with a match of its own); that takes the next seed's dictionary. Means over
+seeds. Task labels (`task` of each line) are read here only.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--packaged", action="store_true", help="also select atoms as a discovery does")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    names = options.only.split(",") if options.only else [*settings(), OTHERS]
+    names = [name.strip() for name in options.only.split(",")] if options.only else [*settings(), OTHERS]
     if unknown := set(names) - {*settings(), OTHERS}:
         parser.error(f"no setting {', '.join(sorted(unknown))}; there are {', '.join(settings())}, {OTHERS}")
     if OTHERS in names and "default" not in names:

@@ -226,7 +226,7 @@ class Run:
         return Dictionary(stored["atoms"], tuple(stored["objectives"].tolist()), float(stored["gap"])), stored["second"]
 
     def select(self, store: RowStore, dictionaries: tuple[Dictionary, Tensor]) -> Selection:
-        """The atoms that have support, coherence beyond chance, and are no near-duplicates."""
+        """The atoms that have support, hold together beyond chance, come again with another seed, and are new."""
         dictionary, second = dictionaries
         config = self.config
         codes = encode(store, self.training, dictionary.atoms, config.dictionary)

@@ -59,8 +59,8 @@ DICTIONARY_PASSES = 20
 """Passes over the rows in which a dictionary settles; 14 to 26 were seen."""
 _BYTES_PER_TOKEN = 40
 """A token id in a tuple of Python integers."""
-_BYTES_OF_CODES = 44
-"""A document's two or three codes, stored by atom."""
+_BYTES_OF_CODES = 150
+"""A document's two or three codes, stored by atom, and its place among the documents of its length."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ class Plan:
 
     @property
     def growing_memory(self) -> int:
-        """What grows with the run: token ids, the few codes of every training document, four (K, D) blocks, and the rows that
-        a learner holds at once."""
+        """What grows with the run: token ids, the few codes of every training document, cosines of held-out documents and kept
+        atoms, five (K, D) blocks, and the rows that a learner holds at once."""
         held = _BYTES_PER_TOKEN * self.tokens + _BYTES_OF_CODES * self.training + self.held_rows
-        return held + 16 * self.dictionary_atoms * self.components
+        return held + 4 * self.held_out * self.kept_atoms + 20 * self.dictionary_atoms * self.components
 
     @property
     def memory(self) -> int:

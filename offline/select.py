@@ -96,7 +96,7 @@ def select(found: Sequence[Candidate], gradients: Tensor, stabilities: Tensor, c
     that split one behaviour are orthogonal in it, yet steer alike. stabilities (K,).
     """
     left = [c for c in found if c.coherence.raw_z >= config.min_z and stabilities[c.atom] >= config.min_stability]
-    worth = {c.atom: c.coherence.raw * (float(stabilities[c.atom]) if config.distinct else 1.0) for c in left}
+    worth = {c.atom: max(0.0, c.coherence.raw) * (float(stabilities[c.atom]) if config.distinct else 1.0) for c in left}
     nearest, chosen = torch.zeros(len(gradients)), list[Candidate]()
     while left and len(chosen) < config.keep:
         new = 1 - nearest if config.distinct else torch.ones(len(gradients))

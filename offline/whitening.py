@@ -33,6 +33,8 @@ _NEGLIGIBLE = 0.05
 def fit_whitening(store: RowStore, config: WhiteningConfig, progress: Progress, ranks: Ranks = ALONE) -> RowWhitening:
     """The mean (zero with `centred` off) and the leading components of all rows of `store`; deterministic."""
     passes = config.centred + (_PASSES + 1 if config.ridge else 0)
+    if not passes:
+        return RowWhitening.centring(torch.zeros(store.width))
     with progress.task("whitening", passes, "passes") as bar:
         mean = torch.zeros(store.width)
         if config.centred:

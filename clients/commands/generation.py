@@ -25,7 +25,6 @@ app = typer.Typer()
 
 @app.command()
 def generate(
-    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The user's message.")],
     package: PackageOption,
     mix: MixOption = None,
@@ -43,8 +42,6 @@ def generate(
     """Stream one answer under a mix, without a server."""
     from clients.generate import stream_answer
 
-    if not temperature:
-        refuse_given(context, ["seed"], "a greedy answer has none; give --temperature")
     quiet_libraries()
     stream_answer(package, mix or [], prompt, system=system, model=model, max_tokens=max_tokens, temperature=temperature,
                   seed=seed, allow_out_of_range=allow_out_of_range, device=device, dtype=dtype)  # fmt: skip
@@ -70,8 +67,6 @@ def chat(
 
     if server is None:
         refuse_given(context, ["key"], "it is of --server")
-    if not temperature:
-        refuse_given(context, ["seed"], "greedy answers have none")
     sampling = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
     run_chat(package=package, server=server, key=key, mix=mix or [], system=system, sampling=sampling,
              options=_engine_options(server, model, device, dtype, 2))  # fmt: skip

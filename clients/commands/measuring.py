@@ -152,7 +152,7 @@ def sweep(
     if not atoms:
         refuse_given(context, ["combine"], "it is of --atoms and --coefficients")
     if not temperature:
-        refuse_given(context, ["top_p", "seed"], "greedy answers have none; give --temperature")
+        refuse_given(context, ["top_p"], "greedy answers have none; give --temperature")
     run_sweep(
         package, atoms=names(atoms), coefficients=numbers(coefficients), combine=combine, mixes=mix or [],
         prompts=sweep_prompts(prompts, texts, names(behaviours), kind, split, limit), detectors=names(detectors),

@@ -105,10 +105,11 @@ def test_the_papers_recipe_is_planned_without_the_passes_that_it_lacks(planned: 
 
 def test_memory_grows_with_tokens_and_atoms_but_not_with_their_product(planned: tuple[Plan, DiscoverConfig]) -> None:
     """A million documents of 60 tokens and 10,000 atoms of 6,800 components: the figures of docs/cost-model.md."""
-    plan = dataclasses.replace(planned[0], tokens=60_000_000, training=10**6, dictionary_atoms=10_000, components=6_800)
-    ids, codes, blocks = 60_000_000 * 40, 10**6 * 44, 16 * 10_000 * 6_800
+    plan = dataclasses.replace(planned[0], tokens=60_000_000, training=850_000, held_out=150_000, dictionary_atoms=10_000,
+                               kept_atoms=500, components=6_800)  # fmt: skip
+    ids, codes, cosines, blocks = 60_000_000 * 40, 850_000 * 150, 4 * 150_000 * 500, 20 * 10_000 * 6_800
     assert plan.held_rows == 0
-    assert plan.growing_memory == ids + codes + blocks < 4 * 2**30
+    assert plan.growing_memory == ids + codes + cosines + blocks < 4 * 2**30
 
 
 def test_an_existing_package_is_refused_as_by_the_run(
