@@ -90,7 +90,11 @@ class Progress:
 
     @contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        """A stage of `total` units, `done` of which were finished in an earlier run."""
+        """A stage of `total` units, `done` of which were finished in an earlier run.
+
+        What was freed before it and in it goes back to the system, so that it adds to no later peak.
+        """
+        trim()
         started = time.monotonic()
         if self.quiet:
             yield Task(name, total, unit, done)
@@ -102,7 +106,7 @@ class Progress:
             self.say(f"  {name}: {task.done}/{total} {unit} in {time.monotonic() - started:.1f} s"
                      + (f", {task.note}" if task.note else ""))  # fmt: skip
         self.costs[name] = StageCost(round(time.monotonic() - started, 4), _peak_mib())
-        trim()  # so that what this stage has freed does not add to the next one's peak
+        trim()
 
     def _rich_task(self, name: str, total: int, unit: str, done: int) -> Iterator[Task]:
         from rich.console import Console

@@ -23,8 +23,8 @@ def test_a_stage_says_how_far_it_is_and_keeps_its_cost(monkeypatch: pytest.Monke
     assert 0 <= costs.costs["gradients"].seconds < 60 and costs.costs["gradients"].peak_mib > 0
 
 
-@pytest.mark.parametrize(("seconds", "times"), [(0.0, 3), (3600.0, 1)])
-def test_freed_memory_goes_back_now_and_then_and_at_the_end(
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 4), (3600.0, 2)])
+def test_freed_memory_goes_back_before_and_after_a_stage_and_now_and_then(
     monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
 ) -> None:
     trims: list[None] = []
