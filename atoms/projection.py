@@ -219,6 +219,10 @@ class RowWhitening:
         """
         return self.scale(atom, self.factors ** (-2 * exponent))
 
+    def gradients(self, atoms: Tensor) -> Tensor:
+        """The unit gradients (K, D) that atoms stand for: how they are compared."""
+        return torch.nn.functional.normalize(self.undo(atoms, 0.5), dim=1)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """For safetensors; `from_tensors` reads it back."""
         return {"mean_row": self.mean, "leading_components": self.components, "leading_factors": self.factors}

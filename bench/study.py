@@ -220,15 +220,15 @@ def judge(
     encoded = encode(store, everyone, learned.atoms, config)
     codes = encoded.to_dense()
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).tolist()
-    directions = as_gradients(store, learned.atoms)
-    halves = [as_gradients(store, learn_dictionary(store, sorted(half), config, seed, QUIET).atoms)
+    directions = store.whitening.gradients(learned.atoms)
+    halves = [store.whitening.gradients(learn_dictionary(store, sorted(half), config, seed, QUIET).atoms)
               for half in (order[: len(order) // 2], order[len(order) // 2 :])]  # fmt: skip
     found_again = in_both(directions, halves)
     rated = rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
     if lengths is not None:
         second = learn_dictionary(store, everyone, config, seed + 1, QUIET).atoms
         found = candidates(store, encoded, lengths, SelectConfig(), seed)
-        chosen = select(found, directions, stability(directions, as_gradients(store, second)), SelectConfig())
+        chosen = select(found, directions, stability(directions, store.whitening.gradients(second)), SelectConfig())
         kept = directions[[c.atom for c in chosen]]
         best = purities([c.documents for c in chosen], tasks)
         rated |= {
@@ -252,11 +252,6 @@ def purities(groups: Sequence[Sequence[int]], tasks: Sequence[str]) -> dict[str,
         task, count = Counter(tasks[d] for d in members).most_common(1)[0]
         best[task] = max(best.get(task, 0.0), count / len(members))
     return best
-
-
-def as_gradients(store: RowStore, atoms: Tensor) -> Tensor:
-    """Unit directions (K, D) with the rows' second whitening undone, as atoms are compared and packaged."""
-    return torch.nn.functional.normalize(store.whitening.undo(atoms, 0.5), dim=1)
 
 
 def rate(
@@ -318,7 +313,7 @@ def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Group
         return torch.cat([directions, -directions]), far
 
     def undone(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return as_gradients(store, found[0]), found[1]
+        return store.whitening.gradients(found[0]), found[1]
 
     def text(seed: int) -> tuple[Tensor, Tensor]:
         words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)

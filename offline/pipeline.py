@@ -233,11 +233,8 @@ class Run:
         lengths = [len(document.response_ids) for document in self.encoded.documents]
         found = candidates(store, codes, lengths, config.select, config.seed)
         least = least_support(codes, config.select)
-        gradients, again = (
-            torch.nn.functional.normalize(store.whitening.undo(atoms, 0.5), dim=1)
-            for atoms in (dictionary.atoms, second)
-        )
-        stabilities = stability(gradients, again)
+        gradients = store.whitening.gradients(dictionary.atoms)
+        stabilities = stability(gradients, store.whitening.gradients(second))
         chosen = select(found, gradients, stabilities, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least "

@@ -95,7 +95,7 @@ def _tiles(manifest: Manifest) -> list[dict[str, str]]:
 def _map(cards: Sequence[AtomCard], projection: Mapping[str, Tensor]) -> dict[str, Any]:
     """The figure and what its caption says. Kept atoms are links to their cards, drawn over the others."""
     dictionary, kept = projection["dictionary"], projection["dictionary_index"].tolist()
-    gradients = torch.nn.functional.normalize(RowWhitening.from_tensors(projection).undo(dictionary, 0.5), dim=1)
+    gradients = RowWhitening.from_tensors(projection).gradients(dictionary)
     support = projection.get("documents_per_atom", torch.zeros(len(dictionary)))
     shown = set(kept)
     rest = [j for j in torch.argsort(support, descending=True, stable=True).tolist() if j not in shown]
