@@ -72,7 +72,11 @@ def main() -> None:
         parser.error("retrain needs --data, the documents of the discovery")
     if options.check == "ranks" and any(getattr(options, name) is not None for name in RETRAINING):
         parser.error(f"ranks reads the rows of --work; leave {', '.join(RETRAINING)} out")
-    options.atoms, options.leave, options.draws = options.atoms or 3, options.leave or 20, options.draws or 2
+    for name, default in (("atoms", 3), ("leave", 20), ("draws", 2)):
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; it must be at least 1")
     package = Package.read(options.package)
     settings = package.manifest.record["config"]
     store = RowStore(options.work / "rows", RowWhitening.from_tensors(package.projection_tensors))

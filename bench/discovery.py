@@ -71,6 +71,8 @@ ALPHA = 0.1
 FEWER = (2, 3, 4, 6, 8, 12, 16, 24)
 """Iterations of the dictionary, tried in turn until it is as good as scikit-learn's."""
 MEMORY_DOCUMENTS = (500, 1000, 2000)
+FINETUNED = 160
+"""Documents that the fine-tune of such a discovery takes: ten steps."""
 SCALE_ROWS, SCALE_ATOMS, SCALE_DIM, SCALE_ITERATIONS = (12_500, 50_000), 2000, 6000, 2
 SEED = 1
 
@@ -297,12 +299,11 @@ def measure_memory(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def child_batch(model: str, data: str) -> None:
-    """A process that takes two fine-tuning steps on the largest batch of a discovery of `data`."""
+    """A process that takes two fine-tuning steps on the batch of `data` that has the most padded tokens."""
     config = memory_config(Path(model), Path(data), None, Path("unused"))
     loaded, tokenizer = load_model(model, torch.float32, torch.device("cpu"))
-    group = plan_batches(
-        encode_corpus(read_corpus(Path(data)), tokenizer, config.max_length).documents, config.batch_tokens
-    )[0]
+    encoded = encode_corpus(read_corpus(Path(data)), tokenizer, config.max_length).documents
+    group = max(plan_batches(encoded, config.batch_tokens), key=lambda group: len(group) * len(group[0]))
     settings = FinetuneConfig(epochs=2.0, batch_documents=len(group))
     with tempfile.TemporaryDirectory() as folder:
         finetune(loaded, group, settings, config.batch_tokens, 0, Path(folder) / "checkpoint", QUIET)
@@ -315,10 +316,11 @@ def child_discover(model: str, data: str, count: str, out: str) -> None:
 
 
 def memory_config(model: Path, data: Path, limit: int | None, out: Path) -> DiscoverConfig:
-    """Every stage, at the defaults of what decides on memory; few steps of what only takes time."""
+    """Every stage, at the defaults of what decides on memory; less of what only takes time."""
     return DiscoverConfig(
         model=str(model), data=data, out=out, limit=limit, dtype="float32", device="cpu",
-        finetune=FinetuneConfig(epochs=0.02), curvature=CurvatureConfig(factor_documents=16, eigenvalue_documents=16),
+        finetune=FinetuneConfig(epochs=FINETUNED / (limit or FINETUNED)),
+        curvature=CurvatureConfig(factor_documents=16, eigenvalue_documents=16),
         dictionary=DictionaryConfig(atoms=100, alpha=ALPHA),
         select=SelectConfig(keep=4, min_documents=2, min_z=-1e6, min_stability=0.0),
     )  # fmt: skip

@@ -164,7 +164,7 @@ def make_paths(
             with ExitStack() as stack:
                 for function, other in VARIANTS[name].replaced.items():
                     stack.enter_context(patch(f"offline.steering.{function}", other))
-                maker = PathMaker.of(peft, space, pool, VARIANTS[name].config, 1024)
+                maker = PathMaker.of(peft, space, pool, VARIANTS[name].config, 512)
                 for behaviour in (b for n, b in missing if n == name):
                     write_tensors(missing[name, behaviour], maker.direction(groups[behaviour]))
                     bar.advance()

@@ -226,6 +226,12 @@ class DiscoverConfig:
         _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
     @property
+    def pass_tokens(self) -> int:
+        """Padded tokens of a batch whose documents' gradients are looked at one by one. Half of what the fine-tune takes: such
+        passes come on top of what the run has made so far, and are hardly slower."""
+        return self.batch_tokens // 2
+
+    @property
     def work_dir(self) -> Path:
         """Where stages keep their results, so that a run can resume."""
         return self.work or self.out.with_name(self.out.name + ".work")

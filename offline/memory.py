@@ -29,6 +29,17 @@ def return_freed_memory() -> bool:
         return False
 
 
+def bound_kernel_caches() -> None:
+    """From now on, oneDNN keeps the kernels of the last 64 products instead of 1,024, and so does what torch puts around it.
+
+    A kernel is made for a shape, and almost every batch has a shape of its own: left alone, the two caches grow by 5 MiB a
+    batch. A forward and backward pass needs about a dozen, again in every layer. They read the environment when the first
+    kernel is made; what is set there has the last word (oneDNN's documentation, "Primitive Cache"; ideep's lru_cache.hpp).
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "64")
+
+
 def trim() -> None:
     """Gives back what lies freed between smaller blocks that stay, which glibc never does by itself (malloc_trim(3)).
 

@@ -57,7 +57,7 @@ from offline.curvature import (
 from offline.dictionary import Dictionary, encode, learn_dictionary
 from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
-from offline.memory import return_freed_memory
+from offline.memory import bound_kernel_caches, return_freed_memory
 from offline.models import frozen_lora
 from offline.passes import quicken
 from offline.progress import Progress
@@ -78,6 +78,7 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
     Every rank calls it with the same configuration, and returns when the package is there.
     """
     return_freed_memory()
+    bound_kernel_caches()
     run = Run(config, progress, ranks)
     adapter = run.adapter()
     projection = run.projection(adapter)
@@ -175,7 +176,7 @@ class Run:
         if self._missing(file):
             with_factors = self._sample(config.curvature.factor_documents, 1)
             with_eigenvalues = self._sample(config.curvature.eigenvalue_documents, 2)
-            model, label_seed, limit = self._peft(adapter), config.seed + 1, config.batch_tokens
+            model, label_seed, limit = self._peft(adapter), config.seed + 1, config.pass_tokens
             if self._missing(factors_file):
                 factors = fit_factors(model, space, with_factors, limit, label_seed, self.progress, self.ranks)
                 self._write(factors_file, factors_to_tensors(factors))
@@ -198,7 +199,7 @@ class Run:
         store = RowStore(folder)
         if self._missing(folder / "complete.json"):
             model, documents = self._peft(read_adapter(self.adapter_dir)), self.encoded.documents
-            write_rows(model, projection, documents, self.config.batch_tokens, folder, self.progress, self.ranks)
+            write_rows(model, projection, documents, self.config.pass_tokens, folder, self.progress, self.ranks)
             self.ranks.wait()
             if self.ranks.first:
                 write_json(folder / "complete.json", {"documents": len(documents), "components": projection.dim})
@@ -277,7 +278,7 @@ class Run:
     def path_maker(self, adapter: Adapter, steering: SteeringConfig) -> PathMaker:
         """What makes paths in this corpus; takes the gradient that all documents share."""
         model = self._peft(adapter)
-        return PathMaker.of(model, adapter.space, self.encoded.documents, steering, self.config.batch_tokens)
+        return PathMaker.of(model, adapter.space, self.encoded.documents, steering, self.config.pass_tokens)
 
     def calibrate(
         self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],

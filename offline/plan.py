@@ -208,7 +208,7 @@ class _Probe:
 
     def _gradient_stages(self, eigenvectors: float) -> list[StagePlan]:
         config, documents = self.config, self.encoded.documents
-        limit, seed = config.batch_tokens, config.seed
+        limit, seed = config.pass_tokens, config.seed
         curvature = {"factors": config.curvature.factor_documents, "eigenvalues": config.curvature.eigenvalue_documents}
         samples = {
             name: sample_documents(documents, count, seed + n) for n, (name, count) in enumerate(curvature.items(), 1)
@@ -222,7 +222,7 @@ class _Probe:
         stages.insert(1, StagePlan("eigenvectors", "", 0, 1, 0, eigenvectors))
         stages.append(self._scaled("gradients", padded_tokens(documents, limit), here))
         if config.adapter is None:
-            steps, probed = (sum(padded_tokens(step, limit) for step in plan_steps(d, c, seed))
+            steps, probed = (sum(padded_tokens(step, config.batch_tokens) for step in plan_steps(d, c, seed))
                              for d, c in ((documents, config.finetune), (self.sample, self.finetune)))  # fmt: skip
             stages.insert(0, self._scaled("fine-tune", steps, probed))
         return stages
@@ -249,17 +249,20 @@ class _Probe:
 
     def _direction_stages(self, adapter: Adapter, kept: int) -> list[StagePlan]:
         """One step on the probe's documents; a document of the run is as long as those of its reference sample are."""
-        config, limit, documents = self.config.steering, self.config.batch_tokens, self.encoded.documents
+        config, limit, documents = self.config.steering, self.config.pass_tokens, self.encoded.documents
         if not config.steps:
             return []
-        reference = sample_documents(documents, config.reference_documents, 0)
-        shared = padded_tokens(prepared(reference, documents, config.tokens, len(reference)), limit)
+        sample = sample_documents(documents, config.reference_documents, 0)
+        reference, size = prepared(sample, documents, config.tokens, len(sample)), config.documents
+        shared = padded_tokens(reference, limit)
+        # fewer documents at once are padded more
+        apart = sum(padded_tokens(reference[n : n + size], limit) for n in range(0, len(reference), size))
         here = prepared(self.sample, self.sample, config.tokens, len(self.sample))
         probe = replace(config, steps=1, documents=len(self.sample), reference_documents=len(self.sample))
         with self.costs.task("directions", 1, "atoms"):
             maker, gradient = _timed(lambda: self.run.path_maker(adapter, probe))
             _, step = _timed(lambda: maker.direction(self.sample))
-        steps = kept * config.steps * config.documents * shared / len(reference)
+        steps = kept * config.steps * size * apart / len(reference)
         return [
             StagePlan("directions", "padded tokens", round(shared + steps), padded_tokens(here, limit), gradient,
                       kept * max(0.0, step - gradient))

@@ -36,7 +36,9 @@ def discover(
     max_length: Annotated[
         int, typer.Option(help="Longest document in tokens; longer prompts are cut on the left.")
     ] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one batch; bounds memory.")] = 1024,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens in a batch of the fine-tune; other passes take half. Bounds memory.")
+    ] = 1024,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count malformed lines instead of stopping.")
     ] = False,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FREES = """
 import ctypes, json, sys
@@ -32,6 +33,42 @@ if sys.argv[1] == "trimmed":
     trim()
 print(json.dumps([obeyed, anonymous() - before - 40 * 512]))
 """
+
+
+KERNELS = """
+import json, sys
+from pathlib import Path
+import torch
+from offline.memory import bound_kernel_caches, trim
+
+def anonymous():
+    trim()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
+weight = torch.ones(64, 64)
+multiply = lambda rows: torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 64), weight, None, "none", [], "")
+multiply(32)
+before = anonymous()
+for rows in range(33, 433):
+    multiply(rows)
+print(json.dumps(anonymous() - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
+def test_kernels_of_past_shapes_are_let_go() -> None:
+    def run(mode: str) -> int:
+        done = subprocess.run([sys.executable, "-c", KERNELS, mode], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    kept = run("kept")
+    if kept < 16 * 1024:
+        pytest.skip("no kernel is made for a shape here")
+    assert run("bounded") < kept / 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
