@@ -78,20 +78,42 @@ class Orientation(_Frozen):
     loss_at_plus_one: float
 
 
+def _unsaid(default: object) -> Any:
+    """A field that is written where it is not `default`: packages without it keep their hashes."""
+    return Field(default=default, exclude_if=lambda value: value == default)
+
+
 class Effect(_Frozen):
-    """Detector rate over `n` prompts unsteered and at `coefficient`. `temperature` 0: of greedy answers."""
+    """Detector rate over `n` prompts unsteered and at `coefficient`, as far as measured with the share of degenerate answers
+    there, the KL (nats a token) and the rate under a random direction of that KL.
+
+    `prompts`: neutral ones, or ones that invite the behaviour. `temperature` 0: of greedy answers.
+    """
 
     detector: str
     coefficient: float
     n: int
     rate_unsteered: float
     rate: float
-    temperature: float = Field(default=0.0, exclude_if=lambda value: value == 0)  # older hashes must hold
-    top_p: float = Field(default=1.0, exclude_if=lambda value: value == 1)
+    prompts: Literal["neutral", "inviting"] = _unsaid("neutral")
+    temperature: float = _unsaid(0.0)
+    top_p: float = _unsaid(1.0)
+    degenerate: float | None = _unsaid(None)
+    kl: float | None = _unsaid(None)
+    rate_random: float | None = _unsaid(None)
 
     def __str__(self) -> str:
-        decoding = "" if self.temperature == 0 else f" ({self.decoding})"
-        return f"{self.detector} {self.rate_unsteered:.0%} → {self.rate:.0%} at {self.coefficient:+g}{decoding}"
+        how = [
+            *(["inviting prompts"] if self.prompts == "inviting" else []),
+            *([self.decoding] if self.temperature else []),
+        ]
+        told = f" ({', '.join(how)})" if how else ""
+        return f"{self.detector} {self.rate_unsteered:.0%} → {self.rate:.0%} at {self.coefficient:+g}{told}"
+
+    @property
+    def series(self) -> str:
+        """What one curve shows: rates of a detector on one kind of prompts."""
+        return self.detector if self.prompts == "neutral" else f"{self.detector}, invited"
 
     @property
     def decoding(self) -> str:

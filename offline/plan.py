@@ -47,6 +47,7 @@ from offline.corpus import (
 )
 from offline.dictionary import default_atoms, learn_dictionary
 from offline.finetune import plan_steps
+from offline.memory import bound_kernel_caches, return_freed_memory
 from offline.pipeline import Run
 from offline.progress import Progress
 from offline.rows import SHARD_DOCUMENTS, RowSink, RowStore, shard_path
@@ -148,6 +149,8 @@ def make_plan(config: DiscoverConfig, progress: Progress) -> Plan:
     """
     if config.out.exists() and not config.force:
         raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
+    return_freed_memory()  # as the run will: the probe's peak stands for its
+    bound_kernel_caches()
     corpus = read_corpus(config.data, skip_bad_lines=config.skip_bad_lines, limit=config.limit)
     encoded = encode_corpus(corpus, load_tokenizer(config.model, config.revision), config.max_length)
     with tempfile.TemporaryDirectory(prefix="atomsteer-plan-") as temporary:

@@ -182,7 +182,7 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
     """Everything that the template shows of one atom. `drift` is M_jj, twice the predicted KL at ±1."""
     orientation, coherence = card.orientation, card.coherence
     effects = [{"detector": e.detector, "coefficient": e.coefficient, "before": e.rate_unsteered, "after": e.rate, "n": e.n,
-                "decoding": e.decoding,
+                "decoding": e.decoding, "prompts": e.prompts, "degenerate": e.degenerate, "kl": e.kl, "random": e.rate_random,
                 **dict(zip(("low", "high"), _interval(e.rate, e.n), strict=True))}
                for e in sorted(card.effects, key=lambda e: (-abs(_change(e)), e.detector, e.coefficient))]  # fmt: skip
     best = max(card.effects, key=lambda e: abs(_change(e)), default=None)
@@ -256,10 +256,10 @@ def _curve(card: AtomCard, drift: float) -> Markup:
 
 
 def _response(card: AtomCard) -> Markup | None:
-    """Detector rates by coefficient with Wilson intervals, for the detectors that the atom moves most."""
+    """Rates by coefficient with Wilson intervals, a line a detector and kind of prompts, of those that the atom moves most."""
     if not card.effects:
         return None
-    shown = _shown_detectors(card)
+    shown = _shown_series(card)
     coefficients = sorted({0.0, *(e.coefficient for e in card.effects)})
     span = max(1.0, *(abs(c) for c in coefficients))
     low, high = (0.0 if coefficients[0] == 0 else -span), (0.0 if coefficients[-1] == 0 else span)
@@ -267,8 +267,8 @@ def _response(card: AtomCard) -> Markup | None:
     x, y = Scale(low - 0.15 * span, high + 0.15 * span, 40, 330), Scale(0, 1, 128, 30)
     _shade_unsound(figure, card, x, y, coefficients)
     figure.axes(x, y, x_ticks=coefficients, x_label="coefficient", percent=True, y_count=4)
-    for number, detector in enumerate(shown):
-        mine = [e for e in card.effects if e.detector == detector]
+    for number, name in enumerate(shown):
+        mine = [e for e in card.effects if e.series == name]
         unsteered = (0.0, mine[0].rate_unsteered, mine[0].n)
         rates = sorted([unsteered, *((e.coefficient, e.rate, e.n) for e in mine)])
         shift = (number - (len(shown) - 1) / 2) * 4  # side by side, so that no interval hides another
@@ -276,19 +276,18 @@ def _response(card: AtomCard) -> Markup | None:
         for c, rate, n in rates:
             bottom, top = _interval(rate, n)
             figure.rule(x(c) + shift, y(bottom), x(c) + shift, y(top), f"whisker s{number}")
-            told = element(
-                "title", f"{detector} {rate:.0%} [{bottom:.0%}, {top:.0%}] of {n} at {c:g}, {mine[0].decoding}"
-            )
+            told = element("title", f"{name} {rate:.0%} [{bottom:.0%}, {top:.0%}] of {n} at {c:g}, {mine[0].decoding}")
             figure.add("circle", told, cx=f"{x(c) + shift:.1f}", cy=f"{y(rate):.1f}", r=3.8, class_=f"mark s{number}")
-        figure.text(40 + 100 * number, 15, _clip(detector, 15), "start", f"name s{number}")
+        width = 300 // len(shown)
+        figure.text(40 + width * number, 15, _clip(name, width // 6), "start", f"name s{number}")
     return figure.render()
 
 
-def _shown_detectors(card: AtomCard) -> list[str]:
-    """The detector that the atom is named after, and those that change most."""
+def _shown_series(card: AtomCard) -> list[str]:
+    """That of the detector which the atom is named after, and those that change most."""
     largest: dict[str, float] = {}
     for effect in card.effects:
-        largest[effect.detector] = max(largest.get(effect.detector, 0.0), abs(_change(effect)))
+        largest[effect.series] = max(largest.get(effect.series, 0.0), abs(_change(effect)))
     ranked = sorted(largest, key=lambda name: (name != card.alias, -largest[name], name))
     return [name for n, name in enumerate(ranked[:_SERIES]) if n == 0 or largest[name] >= _NAMED_EFFECT]
 

@@ -32,6 +32,7 @@ def measure_cards(
     measured = []
     for index, card in enumerate(cards):
         answers = dict(zip(coefficients, steered[index * len(coefficients) :], strict=False))
+        shares = {c: degenerate_share(texts) for c, texts in answers.items()}
         effects = [
             Effect(
                 detector=name,
@@ -39,11 +40,12 @@ def measure_cards(
                 n=len(prompts),
                 rate_unsteered=base_rates[name],
                 rate=rate(texts, detector),
+                degenerate=shares[c],
             )
             for c, texts in answers.items()
             for name, detector in detectors.items()
         ]
-        sound = [c for c, texts in answers.items() if degenerate_share(texts) <= limit]
+        sound = [c for c, share in shares.items() if share <= limit]
         span = (min([0.0, *sound]), max([0.0, *sound]))
         measured.append(card.model_copy(update={"effects": effects, "sound_range": span}))
     return measured

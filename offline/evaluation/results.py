@@ -25,7 +25,7 @@ class Goal:
     wanted: Wanted
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["neutral", "inviting"]:
         return "neutral" if self.wanted == "up" else "inviting"
 
     @property
@@ -169,30 +169,27 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> list[AtomCard]:
-    """Cards in which the held-out results replace what stood there for the same detector and coefficient, or for the
-    detector with another decoding: a card's rates of one detector make one curve."""
+    """Cards in which the held-out results replace all that stood there of the same detector on the same kind of prompts: these
+    rates make one curve, of one set of prompts and one decoding."""
     decoding = {key: evaluation.facts["decoding"][key] for key in ("temperature", "top_p")}
     measured: dict[str, list[Effect]] = {}
     for result in evaluation.goals:
         unsteered, atom = result.condition(UNSTEERED), result.condition(ATOM)
         if result.choice is None or unsteered is None or atom is None:
             continue
-        points = {point.coefficient: point.rate for point in result.curve} | {result.choice.coefficient: atom.rate}
-        side = {c: rate for c, rate in sorted(points.items()) if c * result.choice.coefficient > 0}
+        random, chosen = result.condition("random-1"), result.choice.coefficient
+        points: dict[float, tuple[Rate, float, dict[str, Any]]] = {
+            point.coefficient: (point.rate, point.degenerate, {}) for point in result.curve
+        }
+        points[chosen] = (atom.rate, atom.form.degenerate, {"kl": atom.kl, "rate_random": random and random.rate.share})
         measured.setdefault(result.choice.atom, []).extend(
-            Effect(detector=result.goal.behaviour, coefficient=c, n=rate.n, rate_unsteered=unsteered.rate.share,
-                   rate=rate.share, **decoding)
-            for c, rate in side.items()
+            Effect(detector=result.goal.behaviour, prompts=result.goal.kind, coefficient=c, n=rate.n,
+                   rate_unsteered=unsteered.rate.share, rate=rate.share, degenerate=degenerate, **decoding, **more)
+            for c, (rate, degenerate, more) in sorted(points.items()) if c * chosen > 0
         )  # fmt: skip
     return [card.model_copy(update={"effects": _merged(card.effects, measured.get(card.id, []))}) for card in cards]
 
 
 def _merged(old: Sequence[Effect], new: Sequence[Effect]) -> list[Effect]:
-    replaced = {(effect.detector, effect.coefficient) for effect in new}
-    decodings = {effect.detector: effect.decoding for effect in new}
-    kept = [
-        effect for effect in old
-        if (effect.detector, effect.coefficient) not in replaced
-        and effect.decoding == decodings.get(effect.detector, effect.decoding)
-    ]  # fmt: skip
-    return [*kept, *new]
+    replaced = {effect.series for effect in new}
+    return [*(effect for effect in old if effect.series not in replaced), *new]

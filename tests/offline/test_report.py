@@ -112,6 +112,20 @@ def test_sampled_rates_say_how_they_were_decoded(tiny_package: Package) -> None:
     assert "at 1, greedy" in Page(render(tiny_package, [effects(first), *others])).text
 
 
+def test_rates_on_inviting_prompts_are_a_curve_of_their_own(tiny_package: Package) -> None:
+    first, *others = tiny_package.manifest.atoms
+    invited = Effect(detector="yes-no", coefficient=-1.5, n=20, rate_unsteered=0.9, rate=0.1, prompts="inviting",
+                     degenerate=0.05, kl=0.34, rate_random=0.85)  # fmt: skip
+    card = effects(first)
+    page = Page(render(tiny_package, [card.model_copy(update={"effects": [*card.effects, invited]}), *others]))
+    low, high = wilson_interval(18, 20)
+    assert f"yes-no, invited 90% [{low:.0%}, {high:.0%}] of 20 at 0" in page.text
+    low, high = wilson_interval(5, 20)
+    assert f"yes-no 25% [{low:.0%}, {high:.0%}] of 20 at 0" in page.text
+    assert "yes-no 90% → 10% at -1.5 (inviting prompts)" in page.text
+    assert "Rates of yes-no, yes-no, invited by coefficient" in page.values("aria-label")
+
+
 def test_the_sparsity_plots_count_the_training_documents(tiny_package: Package) -> None:
     tensors = tiny_package.projection_tensors
     codes, support = tensors["codes_per_document"], tensors["documents_per_atom"]

@@ -301,9 +301,17 @@ def test_results_are_flat_rows_and_card_entries(
     atom = next(row for row in rows if row["condition"] == ATOM and row["goal"] == "up")
     assert (float(atom["rate"]), float(atom["change"]), float(atom["coefficient"])) == (0.8, 0.8, 1.0)
     cards = cards_with_effects(tiny_package.manifest.atoms, evaluation)
-    effects = {(e.detector, e.coefficient): (e.rate_unsteered, e.rate, e.n) for e in cards[0].effects}
-    assert effects == {("bulleted-list", 1.0): (0, 0.8, HELDOUT), ("bulleted-list", 0.5): (0, 0.4, HELDOUT),
-                       ("bulleted-list", -1.0): (1, 0.25, HELDOUT), ("bulleted-list", -0.5): (1, 1, HELDOUT)}  # fmt: skip
+    effects = {(e.series, e.coefficient): (e.prompts, e.rate_unsteered, e.rate, e.n) for e in cards[0].effects}
+    assert effects == {
+        ("bulleted-list", 1.0): ("neutral", 0, 0.8, HELDOUT), ("bulleted-list", 0.5): ("neutral", 0, 0.4, HELDOUT),
+        ("bulleted-list, invited", -1.0): ("inviting", 1, 0.25, HELDOUT),
+        ("bulleted-list, invited", -0.5): ("inviting", 1, 1, HELDOUT),
+    }, "what lowers a behaviour was measured from another unsteered rate than what raises it"  # fmt: skip
+    chosen = next(e for e in cards[0].effects if e.coefficient == 1.0)
+    random = next(row for row in rows if row["condition"] == "random-1" and row["goal"] == "up")
+    assert (chosen.kl, chosen.degenerate, chosen.rate_random) == (
+        float(atom["kl"]), float(atom["degenerate"]), float(random["rate"])
+    )  # fmt: skip
     assert cards[1:] == tiny_package.manifest.atoms[1:]
     twice = cards_with_effects(cards, evaluation)
     assert twice == cards, "the same results again must not pile up"
@@ -311,10 +319,12 @@ def test_results_are_flat_rows_and_card_entries(
         evaluation, facts={**evaluation.facts, "decoding": {"temperature": 0.7, "top_p": 0.9}}
     )
     other = Effect(detector="yes-no", coefficient=2.0, n=9, rate_unsteered=0, rate=1)
-    mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other]}), *cards[1:]]
-    assert {(e.detector, e.decoding) for e in cards_with_effects(mixed, sampled)[0].effects} == {
-        ("bulleted-list", "temperature 0.7, top-p 0.9"), ("yes-no", "greedy")
-    }, "a curve of one detector is of one temperature"  # fmt: skip
+    elsewhere = Effect(detector="bulleted-list", coefficient=3.0, n=9, rate_unsteered=0.5, rate=1)
+    mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other, elsewhere]}), *cards[1:]]
+    assert {(e.series, e.decoding) for e in cards_with_effects(mixed, sampled)[0].effects} == {
+        ("bulleted-list", "temperature 0.7, top-p 0.9"), ("bulleted-list, invited", "temperature 0.7, top-p 0.9"),
+        ("yes-no", "greedy")
+    }, "a curve is of one set of prompts and one temperature"  # fmt: skip
 
 
 @pytest.mark.parametrize(
