@@ -38,10 +38,12 @@ def evaluate(
     screen_prompts: Annotated[int, typer.Option(help="Development prompts on which candidates are found.")] = 6,
     dev_prompts: Annotated[int | None, typer.Option(help="Development prompts a goal; default: all.")] = None,
     finalists: Annotated[int, typer.Option(help="Settings a goal that are given --dev-samples answers a prompt.")] = 6,
-    dev_samples: Annotated[int, typer.Option(help="Sampled answers a development prompt to choose from.")] = 1,
+    dev_samples: Annotated[
+        int | None, typer.Option(help="Answers a development prompt to choose from; default: 3, greedy 1.")
+    ] = None,
     heldout_prompts: Annotated[int | None, typer.Option(help="Held-out prompts a goal; default: all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 48,
-    temperature: Annotated[float, typer.Option(help="Temperature of the answers; 0: greedy.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Temperature of the answers; 0: greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Top-p of sampled answers.")] = 1.0,
     kl_prompts: Annotated[int, typer.Option(help="Prompts along whose answers KL is measured.")] = 24,
     random_controls: Annotated[
@@ -66,7 +68,7 @@ def evaluate(
         bool,
         typer.Option(
             "--write-cards",
-            help="Write the held-out effects into the package's cards, in place of those of other decodings.",
+            help="Write the held-out effects into the package's cards, in place of earlier ones.",
         ),
     ] = False,
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No figures; matplotlib is not needed then.")] = False,
@@ -84,6 +86,8 @@ def evaluate(
     from offline.evaluation.config import EvaluateConfig
     from server.embedded.load import EngineOptions
 
+    if dev_samples is None:
+        dev_samples = 3 if temperature else 1
     config = EvaluateConfig(
         behaviours=tuple(names(behaviours)), wanted=tuple(names(goals)), atoms=tuple(names(atoms)),  # type: ignore[arg-type]
         coefficients=numbers(coefficients), screen_prompts=screen_prompts, candidates=candidates, finalists=finalists,
@@ -93,9 +97,9 @@ def evaluate(
     if not data:
         refuse_given(context, ["label", "label_field", "supervised_documents"], "they are of --data; give that too")
     if not temperature:
-        refuse_given(context, ["top_p"], "greedy answers have none; give --temperature")
+        refuse_given(context, ["top_p"], "greedy answers have none; give another --temperature")
     if dev_samples == 1:
-        refuse_given(context, ["finalists"], "they are given more answers; give --dev-samples")
+        refuse_given(context, ["finalists"], "they are given more answers; give more --dev-samples")
     labelled = Labelled(data, label_field, parse_labels(label or []), supervised_documents) if data else None
     run_evaluate(
         package, config, prompts=prompts, out=out, decoding=Decoding(max_tokens, temperature, top_p, seed), labelled=labelled,

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from atoms.detectors import get_detector
+from atoms.detectors import DETECTORS, get_detector
 from atoms.errors import DataError
 from atoms.mix import Mix
 from atoms.package import Package
@@ -31,7 +31,7 @@ from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
 from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.harness import Harness
-from offline.evaluation.measures import Form, Rate, degenerate_share, outcomes
+from offline.evaluation.measures import Form, Rate, degenerate_share, outcomes, rate
 from offline.evaluation.prompts import EvaluationPrompt, choose_prompts, read_prompts
 from offline.evaluation.results import (
     ATOM,
@@ -215,6 +215,7 @@ def _conditions(
                 perplexity=harness.perplexity(answers[name]),
                 kl=contender.kl,
                 predicted_kl=None if control else harness.package.predicted_kl(contender.mix),
+                detectors={other: rate(answers[name], detect) for other, detect in DETECTORS.items()},
                 to_unsteered=None if name == UNSTEERED else Comparison.of(fired[UNSTEERED], fired[name]),
                 atom_beyond=Comparison.of(fired[name], fired[ATOM]) if control else None,
             )

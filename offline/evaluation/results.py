@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from atoms.manifest import AtomCard, Effect
@@ -71,7 +71,8 @@ class Comparison:
 class Condition:
     """One way of answering a goal's held-out prompts: unsteered, the atom, or a control of the same KL.
 
-    `to_unsteered` is this minus unsteered; `atom_beyond` is the atom minus this control.
+    `detectors` are the shares on which every detector fires, for what else changes. `to_unsteered` is this minus unsteered;
+    `atom_beyond` is the atom minus this control.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Condition:
     perplexity: float
     kl: float
     predicted_kl: float | None
+    detectors: Mapping[str, float] = field(default_factory=dict)
     to_unsteered: Comparison | None = None
     atom_beyond: Comparison | None = None
 

@@ -161,7 +161,7 @@ def test_a_line_sweep_draws_a_dose_response(cli: Cli, package: Package, tmp_path
         (("evaluate", "PKG", "--behaviours", "opera"), "opera"),
         (("evaluate", "PKG", "--coefficients", "-1"), "-1.0"),
         (("evaluate", "PKG", "--goals", "sideways"), "sideways"),
-        (("evaluate", "PKG", "--dev-samples", "3"), "dev_samples is 3"),
+        (("evaluate", "PKG", "--temperature", "0", "--dev-samples", "3"), "dev_samples is 3"),
         (("evaluate", "PKG", "--dev-samples", "0", "--temperature", "1"), "dev_samples is 0"),
         (("evaluate", "PKG", "--data", "DATA", "--label", "yes-no"), "BEHAVIOUR=LABEL"),
         (("evaluate", "PKG", "--data", "absent.jsonl"), "absent.jsonl"),
@@ -205,7 +205,7 @@ def test_the_real_model_is_steered_measured_and_recorded(cli: Cli, real_package:
     prompts.write_text("".join(row + "\n" for row in rows))
     status, _, _ = cli("evaluate", tmp_path / "package", "--prompts", prompts, "--goals", "down", "--out", tmp_path / "out",
                        "--data", demo_data("demo_documents"), "--supervised-documents", 2, "--max-degenerate", 1, "--max-kl", 9,
-                       "--write-cards", "--candidates", 9, *FEW, "--coefficients", "3")  # fmt: skip
+                       "--write-cards", "--candidates", 9, "--temperature", 0, *FEW, "--coefficients", "3")  # fmt: skip
     assert status == 0
     (goal,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["goals"]
     assert goal["choice"], "not one of three atoms at ±3 moved one of two answers"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from atoms.detectors import DETECTORS
 from atoms.errors import ConfigError, DataError, UnknownAtomError, UnknownDetectorError
 from atoms.manifest import Effect
 from atoms.mix import Mix
@@ -300,6 +301,8 @@ def test_results_are_flat_rows_and_card_entries(
     }
     atom = next(row for row in rows if row["condition"] == ATOM and row["goal"] == "up")
     assert (float(atom["rate"]), float(atom["change"]), float(atom["coefficient"])) == (0.8, 0.8, 1.0)
+    side_effects = evaluation.as_json()["goals"][0]["conditions"][1]["detectors"]
+    assert side_effects["bulleted-list"] == 0.8 and set(side_effects) == set(DETECTORS)
     cards = cards_with_effects(tiny_package.manifest.atoms, evaluation)
     effects = {(e.series, e.coefficient): (e.prompts, e.rate_unsteered, e.rate, e.n) for e in cards[0].effects}
     assert effects == {
