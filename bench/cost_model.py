@@ -19,16 +19,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import atoms.projection
-from offline.config import DictionaryConfig, SteeringConfig
+from offline.config import CalibrateConfig, CurvatureConfig, DictionaryConfig, SteeringConfig
 from offline.dictionary import learn_dictionary
 from offline.plan import DICTIONARY_PASSES, made_up_rows
 from offline.progress import Progress
 
-POINTS = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
+POINTS = (
+    (1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000), (12_500, 2000, 6000),
+)  # fmt: skip
 """(rows, atoms, components)."""
 WHITENING_OPERATIONS = 26 * 144
 """A component of a row: six passes of two products with a basis of 128 + 16 vectors, and one with it at the end."""
 HELD_OUT = DictionaryConfig().held_out
+SCALE_STEPS = 3
+"""Trials until an atom costs 0.05 nats at ±1, at most five."""
 USED = 3
 """Atoms in a row's code (2-3 at α = 0.1)."""
 
@@ -103,11 +107,16 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
     documents, count, dim = options.documents, options.atoms, options.components
     tokens = documents * options.tokens
     operations = iteration_operations(documents, count, dim, small)
-    path = SteeringConfig()
+    path, curvature, calibration = SteeringConfig(), CurvatureConfig(), CalibrateConfig()
     steps = path.steps * path.documents  # passes over a document, which counts as one of the corpus though it is cut
     hours = {name: DICTIONARY_PASSES * value / options.flops / 3600 for name, value in operations.items()}
+    sampled = curvature.factor_documents + curvature.eigenvalue_documents
+    forward = (
+        2 * options.pass_rate / calibration.prompts / calibration.continuation_tokens * 3600
+    )  # of all prompts, an hour
     return {
         "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),
+        "factors and eigenvalues": _hours(sampled * options.tokens / options.pass_rate / 3600),
         "gradients": _hours(tokens / options.pass_rate / 3600),
         "whitening": _hours(WHITENING_OPERATIONS * documents * dim / options.flops / 3600),
         "rows on disk": f"{documents * (4 * dim + 16) / 2**30:,.0f} GiB, and sketches",
@@ -117,7 +126,10 @@ def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
         "atoms, AᵀX and their copies in memory": f"{20 * count * dim / 2**30:,.1f} GiB",
         "codes and lengths of all documents (selection)": f"{150 * documents / 2**30:,.2f} GiB",
         f"cosines of held-out documents, {options.kept} atoms": f"{4 * HELD_OUT * documents * options.kept / 2**30:,.2f} GiB",
-        f"drift matrix of {options.kept} atoms": f"{2 * options.kept + 1} forward passes a prompt",
+        f"calibration of {options.kept} atoms": _hours(
+            options.kept * (2 * SCALE_STEPS + len(calibration.coefficients) - 2) / forward
+        ),
+        f"drift matrix of {options.kept} atoms": _hours((2 * options.kept + 1) / forward),
     }
 
 

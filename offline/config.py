@@ -28,11 +28,11 @@ class FinetuneConfig:
     checkpoint_every: int = 4
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, "rank", self.rank, "at least 1")
-        _require(bool(self.target_modules), "target_modules", self.target_modules, "at least one module name")
-        _require(0 < self.epochs <= 100, "epochs", self.epochs, "above 0 and at most 100")
-        _require(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "above 0 and at most 1")
-        _require(self.batch_documents >= 1, "batch_documents", self.batch_documents, "at least 1")
+        require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(bool(self.target_modules), "target_modules", self.target_modules, "at least one module name")
+        require(0 < self.epochs <= 100, "epochs", self.epochs, "above 0 and at most 100")
+        require(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "above 0 and at most 1")
+        require(self.batch_documents >= 1, "batch_documents", self.batch_documents, "at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class CurvatureConfig:
     eigenvalues: Literal["fisher", "kronecker"] = "fisher"
 
     def __post_init__(self) -> None:
-        _require(self.factor_documents >= 1, "factor_documents", self.factor_documents, "at least 1")
-        _require(self.eigenvalue_documents >= 1, "eigenvalue_documents", self.eigenvalue_documents, "at least 1")
-        _require(self.components >= 1, "components", self.components, "at least 1")
-        _require(self.damping > 0, "damping", self.damping, "above 0")
-        _require(self.eigenvalues in ("fisher", "kronecker"), "eigenvalues", self.eigenvalues, "fisher or kronecker")
+        require(self.factor_documents >= 1, "factor_documents", self.factor_documents, "at least 1")
+        require(self.eigenvalue_documents >= 1, "eigenvalue_documents", self.eigenvalue_documents, "at least 1")
+        require(self.components >= 1, "components", self.components, "at least 1")
+        require(self.damping > 0, "damping", self.damping, "above 0")
+        require(self.eigenvalues in ("fisher", "kronecker"), "eigenvalues", self.eigenvalues, "fisher or kronecker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,8 @@ class WhiteningConfig:
     components: int = 128
 
     def __post_init__(self) -> None:
-        _require(0 <= self.ridge <= 1, "ridge", self.ridge, "a share of the variance, 0 to 1")
-        _require(self.components >= 1, "components", self.components, "at least 1")
+        require(0 <= self.ridge <= 1, "ridge", self.ridge, "a share of the variance, 0 to 1")
+        require(self.components >= 1, "components", self.components, "at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,11 @@ class DictionaryConfig:
     learner: Literal["blocks", "scikit-learn"] = "blocks"
 
     def __post_init__(self) -> None:
-        _require(self.atoms is None or self.atoms >= 1, "atoms", self.atoms, "at least 1")
-        _require(0 < self.alpha < 1, "alpha", self.alpha, "between 0 and 1 (rows have unit length)")
-        _require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
-        _require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
-        _require(self.learner in ("blocks", "scikit-learn"), "learner", self.learner, "blocks or scikit-learn")
+        require(self.atoms is None or self.atoms >= 1, "atoms", self.atoms, "at least 1")
+        require(0 < self.alpha < 1, "alpha", self.alpha, "between 0 and 1 (rows have unit length)")
+        require(self.iterations >= 1, "iterations", self.iterations, "at least 1")
+        require(0 < self.held_out <= 0.5, "held_out", self.held_out, "above 0 and at most 0.5")
+        require(self.learner in ("blocks", "scikit-learn"), "learner", self.learner, "blocks or scikit-learn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +118,8 @@ class SelectConfig:
     sign_aligned: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.keep >= 1, "keep", self.keep, "at least 1")
-        _require(
+        require(self.keep >= 1, "keep", self.keep, "at least 1")
+        require(
             self.min_documents is None or self.min_documents >= 2, "min_documents", self.min_documents, "at least 2"
         )
 
@@ -137,10 +137,10 @@ class SteeringConfig:
     reference_documents: int = 192
 
     def __post_init__(self) -> None:
-        _require(0 <= self.steps <= 100, "steps", self.steps, "within 0 and 100")
-        _require(self.documents >= 1, "documents", self.documents, "at least 1")
-        _require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
-        _require(self.reference_documents >= 1, "reference_documents", self.reference_documents, "at least 1")
+        require(0 <= self.steps <= 100, "steps", self.steps, "within 0 and 100")
+        require(self.documents >= 1, "documents", self.documents, "at least 1")
+        require(self.tokens >= 1, "tokens", self.tokens, "at least 1")
+        require(self.reference_documents >= 1, "reference_documents", self.reference_documents, "at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +155,12 @@ class CalibrateConfig:
     orientation_documents: int = 6
 
     def __post_init__(self) -> None:
-        _require(-0.5 <= self.exponent <= 0.5, "exponent", self.exponent, "within -0.5 and 0.5")
-        _require(self.composition in ("linear", "parameter"), "composition", self.composition, "linear or parameter")
+        require(-0.5 <= self.exponent <= 0.5, "exponent", self.exponent, "within -0.5 and 0.5")
+        require(self.composition in ("linear", "parameter"), "composition", self.composition, "linear or parameter")
         most = len(read_neutral_prompts())
-        _require(1 <= self.prompts <= most, "prompts", self.prompts, f"1 to {most}, the neutral prompts that there are")
-        _require(self.continuation_tokens >= 1, "continuation_tokens", self.continuation_tokens, "at least 1")
-        _require({-1.0, 1.0} <= set(self.coefficients), "coefficients", self.coefficients, "a list with -1 and 1")
+        require(1 <= self.prompts <= most, "prompts", self.prompts, f"1 to {most}, the neutral prompts that there are")
+        require(self.continuation_tokens >= 1, "continuation_tokens", self.continuation_tokens, "at least 1")
+        require({-1.0, 1.0} <= set(self.coefficients), "coefficients", self.coefficients, "a list with -1 and 1")
 
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -187,7 +187,7 @@ as far as they change the outcome: its sum loss does not, because rows are norma
 
 def recipe_settings(name: str, part: str) -> dict[str, Any]:
     """The settings of recipe `name` for one part of the configuration. Raises ConfigError for an unknown recipe."""
-    _require(name in RECIPES, "recipe", name, " or ".join(RECIPES))
+    require(name in RECIPES, "recipe", name, " or ".join(RECIPES))
     return RECIPES[name].get(part, {})
 
 
@@ -221,9 +221,9 @@ class DiscoverConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
 
     def __post_init__(self) -> None:
-        _require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
-        _require(self.batch_tokens >= 64, "batch_tokens", self.batch_tokens, "at least 64")
-        _require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
+        require(self.batch_tokens >= 64, "batch_tokens", self.batch_tokens, "at least 64")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
 
     @property
     def pass_tokens(self) -> int:
@@ -237,6 +237,7 @@ class DiscoverConfig:
         return self.work or self.out.with_name(self.out.name + ".work")
 
 
-def _require(condition: bool, name: str, value: object, limit: str) -> None:
+def require(condition: bool, name: str, value: object, limit: str) -> None:
+    """Raises ConfigError, naming the setting, its value and the limit, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{name} is {value!r}; it must be {limit}")

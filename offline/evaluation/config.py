@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atoms.errors import ConfigError
+from offline.config import require
 from offline.evaluation.answers import Decoding
 from offline.evaluation.results import Wanted
 
@@ -48,16 +49,16 @@ class EvaluateConfig:
             "kl_prompts",
         ):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(bool(self.coefficients), "coefficients", self.coefficients, "at least one number")
+            require(value is None or value >= 1, name, value, "at least 1")
+        require(bool(self.coefficients), "coefficients", self.coefficients, "at least one number")
         for value in (*self.coefficients, self.screen_coefficient):
-            _require(
+            require(
                 0 < value < float("inf"), "coefficients", value, "magnitudes above 0; each is tried with both signs"
             )
-        _require(bool(self.wanted) and set(self.wanted) <= {"up", "down"}, "goals", self.wanted, "up, down or both")
-        _require(self.max_kl > 0, "max_kl", self.max_kl, "above 0 nats a token")
-        _require(0 <= self.max_degenerate <= 1, "max_degenerate", self.max_degenerate, "a share, 0 to 1")
-        _require(self.random_controls >= 0, "random_controls", self.random_controls, "at least 0")
+        require(bool(self.wanted) and set(self.wanted) <= {"up", "down"}, "goals", self.wanted, "up, down or both")
+        require(self.max_kl > 0, "max_kl", self.max_kl, "above 0 nats a token")
+        require(0 <= self.max_degenerate <= 1, "max_degenerate", self.max_degenerate, "a share, 0 to 1")
+        require(self.random_controls >= 0, "random_controls", self.random_controls, "at least 0")
 
     def check_decoding(self, decoding: Decoding) -> None:
         """Raises ConfigError if further answers to a prompt would all be the first one again."""
@@ -66,8 +67,3 @@ class EvaluateConfig:
                 f"dev_samples is {self.dev_samples}, but greedy answers to a prompt are all the same; "
                 "give a temperature above 0 as well"
             )
-
-
-def _require(condition: bool, name: str, value: object, limit: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}; it must be {limit}")
