@@ -47,6 +47,9 @@ QUIET = Progress(quiet=True)
 OTHERS = "others"
 COHERENT, DUPLICATE, MATCHED, TOP, FEWEST = 0.1, 0.8, 0.8, 20, 8
 
+Grouping = Callable[[int, Sequence[int]], tuple[Tensor, Tensor]]
+"""Called with a seed and document numbers (n): (directions (K, D) of unit length, weights (n, K) ≥ 0 of the documents)."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -157,7 +160,7 @@ def main() -> None:
                 results.append(show(name, average(judged)))
                 if name == "default" and OTHERS in names:
                     for other, group in others(rows, texts, atoms).items():
-                        judged = [rate(*group(seed), rows, tasks) for seed in range(options.seeds)]
+                        judged = [judge_group(group, rows, tasks, seed) for seed in range(options.seeds)]
                         results.append(show(other, average(judged)))
         if options.json:  # after every setting: a study of hours may be stopped
             write_json(options.json, results)
@@ -219,10 +222,9 @@ def judge(
     learned = learn_dictionary(store, everyone, config, seed, QUIET)
     encoded = encode(store, everyone, learned.atoms, config)
     codes = encoded.to_dense()
-    order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).tolist()
     directions = store.whitening.gradients(learned.atoms)
-    halves = [store.whitening.gradients(learn_dictionary(store, sorted(half), config, seed, QUIET).atoms)
-              for half in (order[: len(order) // 2], order[len(order) // 2 :])]  # fmt: skip
+    halves = [store.whitening.gradients(learn_dictionary(store, half, config, seed, QUIET).atoms)
+              for half in halved(len(store), seed)]  # fmt: skip
     found_again = in_both(directions, halves)
     rated = rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
     if lengths is not None:
@@ -238,6 +240,19 @@ def judge(
             "packaged_halves": float(in_both(kept, halves).float().mean()),
         }
     return rated
+
+
+def judge_group(group: Grouping, store: RowStore, tasks: Sequence[str], seed: int) -> dict[str, float]:
+    """Rates another way to make groups, of all documents and of the same halves."""
+    directions, weights = group(seed, list(range(len(store))))
+    halves = [group(seed, half)[0] for half in halved(len(store), seed)]
+    return rate(directions, weights, store, tasks, found_again=in_both(directions, halves))
+
+
+def halved(count: int, seed: int) -> list[list[int]]:
+    """Two random halves of the document numbers below `count`, each sorted."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return [sorted(order[: count // 2]), sorted(order[count // 2 :])]
 
 
 def in_both(directions: Tensor, halves: Sequence[Tensor]) -> Tensor:
@@ -286,11 +301,8 @@ def rate(
             **matched, "codes": float((weights > 0).float().sum(1).mean())}  # fmt: skip
 
 
-Grouping = Callable[[int], tuple[Tensor, Tensor]]
-
-
 def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Grouping]:
-    """Other ways to make `count` groups of the same documents: (directions (K, D), weights (N, K)) for a seed."""
+    """Other ways to make `count` groups of the same documents."""
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -315,16 +327,16 @@ def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Group
     def undone(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return store.whitening.gradients(found[0]), found[1]
 
-    def text(seed: int) -> tuple[Tensor, Tensor]:
-        words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
-        points = torch.from_numpy(TruncatedSVD(100, random_state=seed).fit_transform(words)).float()
-        return k_means(torch.nn.functional.normalize(points, dim=1), seed)
+    def text(seed: int, documents: Sequence[int]) -> tuple[Tensor, Tensor]:
+        words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)  # of all: halves need the same space
+        points = torch.from_numpy(TruncatedSVD(100, random_state=0).fit_transform(words)).float()
+        return k_means(torch.nn.functional.normalize(points[documents], dim=1), seed)
 
     return {
-        "spherical k-means, our rows": lambda seed: undone(k_means(rows, seed)),
-        "spherical k-means, plain rows": lambda seed: k_means(plain, seed),
-        "principal components, our rows": lambda seed: undone(components(rows, seed)),
-        "principal components, plain": lambda seed: components(plain, seed),
+        "spherical k-means, our rows": lambda seed, documents: undone(k_means(rows[documents], seed)),
+        "spherical k-means, plain rows": lambda seed, documents: k_means(plain[documents], seed),
+        "principal components, our rows": lambda seed, documents: undone(components(rows[documents], seed)),
+        "principal components, plain": lambda seed, documents: components(plain[documents], seed),
         "clusters of the text (LSA)": text,
     }
 
