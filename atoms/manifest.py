@@ -23,6 +23,11 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _unsaid(default: object, description: str | None = None) -> Any:
+    """A field that is written only where it is not `default`: the hashes of older packages, which lack it, must hold."""
+    return Field(default=default, exclude_if=lambda value: value == default, description=description)
+
+
 class BaseModelRef(_Frozen):
     """Which base model a package belongs to. `weights` is `atoms.model.weights_fingerprint` of the unmerged model."""
 
@@ -46,10 +51,8 @@ class Conventions(_Frozen):
 
     loss: str = "mean cross-entropy over response tokens"
     unprojection_exponent: float
-    path: SteeringPath | None = Field(
-        default=None,
-        exclude_if=lambda value: value is None,  # as in older packages, whose hashes must hold
-        description="how atoms' directions were made of their documents; null: dictionary atoms, unprojected",
+    path: SteeringPath | None = _unsaid(
+        None, "how atoms' directions were made of their documents; null: dictionary atoms, unprojected"
     )
     composition: Composition
     unit_nats: float = UNIT_NATS
@@ -63,10 +66,8 @@ class Coherence(_Frozen):
     raw_z: float
     whitened: float
     whitened_z: float
-    raw_null: tuple[float, float] | None = Field(
-        default=None,
-        exclude_if=lambda value: value is None,  # older packages have no such field, and their hashes must hold
-        description="mean and standard deviation of raw over the random sets; null: not recorded",
+    raw_null: tuple[float, float] | None = _unsaid(
+        None, "mean and standard deviation of raw over the random sets; null: not recorded"
     )
 
 
@@ -78,16 +79,12 @@ class Orientation(_Frozen):
     loss_at_plus_one: float
 
 
-def _unsaid(default: object) -> Any:
-    """A field that is written where it is not `default`: packages without it keep their hashes."""
-    return Field(default=default, exclude_if=lambda value: value == default)
-
-
 class Effect(_Frozen):
     """Detector rate over `n` prompts unsteered and at `coefficient`, as far as measured with the share of degenerate answers
     there, the KL (nats a token) and the rate under a random direction of that KL.
 
-    `prompts`: neutral ones, or ones that invite the behaviour. `temperature` 0: of greedy answers.
+    `prompts`: neutral ones, or ones that invite the behaviour; None in older packages, which did not tell. `temperature` 0: of
+    greedy answers.
     """
 
     detector: str
@@ -95,7 +92,7 @@ class Effect(_Frozen):
     n: int
     rate_unsteered: float
     rate: float
-    prompts: Literal["neutral", "inviting"] = _unsaid("neutral")
+    prompts: Literal["neutral", "inviting"] | None = _unsaid(None)
     temperature: float = _unsaid(0.0)
     top_p: float = _unsaid(1.0)
     degenerate: float | None = _unsaid(None)
@@ -113,7 +110,11 @@ class Effect(_Frozen):
     @property
     def series(self) -> str:
         """What one curve shows: rates of a detector on one kind of prompts."""
-        return self.detector if self.prompts == "neutral" else f"{self.detector}, invited"
+        return f"{self.detector} (invited)" if self.prompts == "inviting" else self.detector
+
+    @property
+    def change(self) -> float:
+        return self.rate - self.rate_unsteered
 
     @property
     def decoding(self) -> str:
@@ -145,6 +146,11 @@ class AtomCard(_Frozen):
     def name(self) -> str:
         """Alias if there is one, else the id."""
         return self.alias or self.id
+
+    @property
+    def largest_effect(self) -> Effect | None:
+        """Of those on neutral prompts if there are any: a form that a prompt asks for is easily lost."""
+        return max(self.effects, key=lambda e: (e.prompts != "inviting", abs(e.change)), default=None)
 
 
 class Manifest(_Frozen):

@@ -282,7 +282,7 @@ def measure_kronfluence(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def measure_memory(options: argparse.Namespace) -> list[dict[str, object]]:
-    """Each row is a process of its own: one fine-tuning step of the largest batch, then discoveries."""
+    """Each row is a process of its own: two fine-tuning steps on the batch with the most padded tokens, then discoveries."""
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = repeated_documents(options, Path(folder), max(MEMORY_DOCUMENTS))

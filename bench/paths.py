@@ -32,7 +32,7 @@ from atoms.space import Direction
 from atoms.storage import recipe_file, sha256_file, write_tensors
 from clients.evaluate import parse_labels
 from clients.harness import open_harness
-from offline.config import SteeringConfig
+from offline.config import PASS_TOKENS, SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer, Decoding
 from offline.evaluation.controls import control_direction, projection_of
@@ -164,7 +164,7 @@ def make_paths(
             with ExitStack() as stack:
                 for function, other in VARIANTS[name].replaced.items():
                     stack.enter_context(patch(f"offline.steering.{function}", other))
-                maker = PathMaker.of(peft, space, pool, VARIANTS[name].config, 512)
+                maker = PathMaker.of(peft, space, pool, VARIANTS[name].config, PASS_TOKENS)
                 for behaviour in (b for n, b in missing if n == name):
                     write_tensors(missing[name, behaviour], maker.direction(groups[behaviour]))
                     bar.advance()

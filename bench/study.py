@@ -243,7 +243,7 @@ def judge(
 
 
 def judge_group(group: Grouping, store: RowStore, tasks: Sequence[str], seed: int) -> dict[str, float]:
-    """Rates another way to make groups, of all documents and of the same halves."""
+    """Rates another way to make groups, of all documents and of the same halves (found again with either sign)."""
     directions, weights = group(seed, list(range(len(store))))
     halves = [group(seed, half)[0] for half in halved(len(store), seed)]
     return rate(directions, weights, store, tasks, found_again=in_both(directions, halves))
@@ -309,6 +309,9 @@ def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Group
 
     rows = store.rows(range(len(store)))
     plain = torch.nn.functional.normalize(store.uncentred(range(len(store))) - store.whitening.mean, dim=1)
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
+    latent = torch.from_numpy(TruncatedSVD(100, random_state=0).fit_transform(words)).float()
+    text = torch.nn.functional.normalize(latent, dim=1)
 
     def k_means(points: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Spherical in effect: the points have unit length. A document belongs to its cluster by its cosine to the centroid."""
@@ -327,17 +330,12 @@ def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Group
     def undone(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return store.whitening.gradients(found[0]), found[1]
 
-    def text(seed: int, documents: Sequence[int]) -> tuple[Tensor, Tensor]:
-        words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)  # of all: halves need the same space
-        points = torch.from_numpy(TruncatedSVD(100, random_state=0).fit_transform(words)).float()
-        return k_means(torch.nn.functional.normalize(points[documents], dim=1), seed)
-
     return {
         "spherical k-means, our rows": lambda seed, documents: undone(k_means(rows[documents], seed)),
         "spherical k-means, plain rows": lambda seed, documents: k_means(plain[documents], seed),
         "principal components, our rows": lambda seed, documents: undone(components(rows[documents], seed)),
         "principal components, plain": lambda seed, documents: components(plain[documents], seed),
-        "clusters of the text (LSA)": text,
+        "clusters of the text (LSA)": lambda seed, documents: k_means(text[documents], seed),
     }
 
 

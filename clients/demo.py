@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atoms.errors import EngineError
-from atoms.manifest import AtomCard, Effect
+from atoms.manifest import AtomCard
 from atoms.package import Package
 from clients.labels import label_from_detectors
 from offline.config import (
@@ -35,6 +36,7 @@ from offline.config import (
     SelectConfig,
 )
 from offline.evaluation.prompts import demo_data, read_prompts
+from offline.memory import KERNEL_CACHES
 from offline.models import prepare_demo_model
 from offline.pipeline import discover
 from offline.progress import Progress
@@ -104,18 +106,19 @@ def best_atoms(package: Package) -> list[AtomCard]:
 
 
 def _gain(card: AtomCard) -> float:
-    def change(effect: Effect) -> float:
-        return effect.rate - effect.rate_unsteered
-
-    return max((change(e) for e in card.effects if e.detector == card.alias and e.coefficient > 0), default=0.0)
+    own = (e for e in card.effects if e.detector == card.alias and e.prompts != "inviting" and e.coefficient > 0)
+    return max((effect.change for effect in own), default=0.0)
 
 
 @contextmanager
 def _server(package: Package, port: int, log: Path) -> Iterator[None]:
     """Runs `atomsteer serve` until the block ends. Raises EngineError if it does not get ready."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in KERNEL_CACHES
+    }  # of the discovery alone
     command = [sys.executable, "-m", "clients.cli", "serve", "--package", str(package.path), "--port", str(port)]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}/ready", log)
             yield

@@ -35,6 +35,4 @@ def _range(card: AtomCard) -> str:
 
 def _effect(card: AtomCard) -> str:
     """The largest change of a detector's rate, with its coefficient."""
-    if not card.effects:
-        return "not measured"
-    return str(max(card.effects, key=lambda e: abs(e.rate - e.rate_unsteered)))
+    return str(card.largest_effect or "not measured")

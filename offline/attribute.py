@@ -27,6 +27,7 @@ from atoms.manifest import AtomCard
 from atoms.model import context_length
 from atoms.package import Package
 from atoms.projection import Projection, RowWhitening, sparse_codes
+from offline.config import PASS_TOKENS
 from offline.corpus import Corpus, Document, EncodedDocument, encode_corpus, plan_batches
 from offline.gradients import gradient_hooks
 from offline.models import frozen_lora
@@ -81,7 +82,7 @@ class Attributor:
 
     def __init__(
         self, package: Package, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
-        max_length: int | None = None, batch_tokens: int = 1024,
+        max_length: int | None = None, batch_tokens: int = PASS_TOKENS,
     ) -> None:  # fmt: skip
         package.check_base(model)
         settings = _settings(package)

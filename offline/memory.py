@@ -7,6 +7,9 @@ import os
 import sys
 from contextlib import suppress
 
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Environment variables that say how many kernels oneDNN and ideep keep."""
+_KERNELS = 64
 _THRESHOLD = 2**23
 _M_MMAP_THRESHOLD = -3
 """Of malloc.h, for glibc's mallopt (mallopt(3))."""
@@ -30,14 +33,15 @@ def return_freed_memory() -> bool:
 
 
 def bound_kernel_caches() -> None:
-    """From now on, oneDNN keeps the kernels of the last 64 products instead of 1,024, and so does what torch puts around it.
+    """oneDNN keeps the kernels of the last 64 products instead of 1,024, and so does ideep, which torch puts around it.
 
     A kernel is made for a shape, and almost every batch has a shape of its own: left alone, the two caches grow by 5 MiB a
-    batch. A forward and backward pass needs about a dozen, again in every layer. They read the environment when the first
-    kernel is made; what is set there has the last word (oneDNN's documentation, "Primitive Cache"; ideep's lru_cache.hpp).
+    batch. A forward and backward pass needs about a dozen, again in every layer. They read the environment, which child
+    processes inherit, when the first kernel is made: after that nothing changes in this process. What is set there has the last
+    word (oneDNN's documentation, "Primitive Cache"; ideep's lru_cache.hpp).
     """
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, "64")
+    for variable in KERNEL_CACHES:
+        os.environ.setdefault(variable, str(_KERNELS))
 
 
 def trim() -> None:

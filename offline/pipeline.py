@@ -170,7 +170,7 @@ class Run:
         """The EKFAC eigenbasis and the kept components, from labels sampled from the model."""
         config, space = self.config, adapter.space
         folder = self.workspace.open(
-            "curvature", **dataclasses.asdict(config.curvature), batch_tokens=config.batch_tokens
+            "curvature", **dataclasses.asdict(config.curvature), pass_tokens=config.pass_tokens
         )
         file, factors_file = folder / "projection.safetensors", folder / "factors.safetensors"
         if self._missing(file):

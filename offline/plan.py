@@ -149,7 +149,7 @@ def make_plan(config: DiscoverConfig, progress: Progress) -> Plan:
     """
     if config.out.exists() and not config.force:
         raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
-    return_freed_memory()  # as the run will: the probe's peak stands for its
+    return_freed_memory()  # as the run will, for whose peak the probe's stands
     bound_kernel_caches()
     corpus = read_corpus(config.data, skip_bad_lines=config.skip_bad_lines, limit=config.limit)
     encoded = encode_corpus(corpus, load_tokenizer(config.model, config.revision), config.max_length)

@@ -19,7 +19,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from atoms.manifest import AtomCard, Effect, Manifest
+from atoms.manifest import AtomCard, Manifest
 from atoms.package import REPORT, Package
 from atoms.projection import RowWhitening
 from atoms.storage import write_bytes
@@ -182,10 +182,11 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
     """Everything that the template shows of one atom. `drift` is M_jj, twice the predicted KL at ±1."""
     orientation, coherence = card.orientation, card.coherence
     effects = [{"detector": e.detector, "coefficient": e.coefficient, "before": e.rate_unsteered, "after": e.rate, "n": e.n,
-                "decoding": e.decoding, "prompts": e.prompts, "degenerate": e.degenerate, "kl": e.kl, "random": e.rate_random,
+                "decoding": e.decoding, "prompts": e.prompts or "", "degenerate": e.degenerate, "kl": e.kl,
+                "random": e.rate_random,
                 **dict(zip(("low", "high"), _interval(e.rate, e.n), strict=True))}
-               for e in sorted(card.effects, key=lambda e: (-abs(_change(e)), e.detector, e.coefficient))]  # fmt: skip
-    best = max(card.effects, key=lambda e: abs(_change(e)), default=None)
+               for e in sorted(card.effects, key=lambda e: (-abs(e.change), e.detector, e.coefficient))]  # fmt: skip
+    best = card.largest_effect
     return {
         "id": card.id,
         "name": card.name,
@@ -204,7 +205,7 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
         "range": _sound(card),
         "tested": _span(card.tested_range),
         "sound": _sound(card),
-        "gain": abs(_change(best)) if best else 0.0,
+        "gain": abs(best.change) if best else 0.0,
         "effect": str(best) if best else "not measured",
         "effects": effects,
         "null_svg": _null(card),
@@ -284,11 +285,12 @@ def _response(card: AtomCard) -> Markup | None:
 
 
 def _shown_series(card: AtomCard) -> list[str]:
-    """That of the detector which the atom is named after, and those that change most."""
+    """Those of the detector which the atom is named after, and those that change most."""
     largest: dict[str, float] = {}
     for effect in card.effects:
-        largest[effect.series] = max(largest.get(effect.series, 0.0), abs(_change(effect)))
-    ranked = sorted(largest, key=lambda name: (name != card.alias, -largest[name], name))
+        largest[effect.series] = max(largest.get(effect.series, 0.0), abs(effect.change))
+    own = {effect.series for effect in card.effects if effect.detector == card.alias}
+    ranked = sorted(largest, key=lambda name: (name not in own, -largest[name], name))
     return [name for n, name in enumerate(ranked[:_SERIES]) if n == 0 or largest[name] >= _NAMED_EFFECT]
 
 
@@ -443,10 +445,6 @@ def _sound(card: AtomCard) -> str:
     if card.sound_range is None:
         return "not measured"
     return _span(card.sound_range) if any(card.sound_range) else "none of the measured coefficients"
-
-
-def _change(effect: Effect) -> float:
-    return effect.rate - effect.rate_unsteered
 
 
 def _interval(rate: float, n: int) -> tuple[float, float]:

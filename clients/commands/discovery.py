@@ -37,7 +37,7 @@ def discover(
         int, typer.Option(help="Longest document in tokens; longer prompts are cut on the left.")
     ] = 512,
     batch_tokens: Annotated[
-        int, typer.Option(help="Padded tokens in a batch of the fine-tune; other passes take half. Bounds memory.")
+        int, typer.Option(help="Padded tokens in a batch; passes for gradients take half of it at once. Bounds memory.")
     ] = 1024,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count malformed lines instead of stopping.")

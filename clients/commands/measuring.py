@@ -99,7 +99,9 @@ def evaluate(
     if not temperature:
         refuse_given(context, ["top_p"], "greedy answers have none; give another --temperature")
     if dev_samples == 1:
-        refuse_given(context, ["finalists"], "they are given more answers; give more --dev-samples")
+        refuse_given(
+            context, ["finalists"], "they are given more answers; give more --dev-samples, of a --temperature above 0"
+        )
     labelled = Labelled(data, label_field, parse_labels(label or []), supervised_documents) if data else None
     run_evaluate(
         package, config, prompts=prompts, out=out, decoding=Decoding(max_tokens, temperature, top_p, seed), labelled=labelled,

@@ -137,7 +137,7 @@ def attribute(
     max_length: Annotated[
         int | None, typer.Option(min=16, help="Longest document in tokens; default: the discovery's.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens in one batch; bounds memory.")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(min=64, help="Padded tokens in one batch; bounds memory.")] = 512,
     model: ModelOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

@@ -40,6 +40,7 @@ def measure_cards(
                 n=len(prompts),
                 rate_unsteered=base_rates[name],
                 rate=rate(texts, detector),
+                prompts="neutral",
                 degenerate=shares[c],
             )
             for c, texts in answers.items()
@@ -57,8 +58,8 @@ def name_by_effect(cards: Sequence[AtomCard], min_change: float = 0.1) -> list[A
     A detector names one atom, the strongest; atoms that raise none by `min_change` lose their alias.
     """
     gains = sorted(
-        ((effect.rate - effect.rate_unsteered, effect.detector, card.id) for card in cards
-         for effect in card.effects if effect.coefficient > 0), key=lambda item: (-item[0], item[1], item[2]),
+        ((effect.change, effect.detector, card.id) for card in cards for effect in card.effects
+         if effect.coefficient > 0 and effect.prompts != "inviting"), key=lambda item: (-item[0], item[1], item[2]),
     )  # fmt: skip
     names: dict[str, str] = {}
     for gain, detector, atom in gains:

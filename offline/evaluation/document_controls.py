@@ -19,7 +19,7 @@ from atoms.errors import DataError
 from atoms.package import PROJECTION, Package
 from atoms.space import Direction
 from atoms.storage import recipe_file, sha256_file, write_tensors
-from offline.config import SteeringConfig
+from offline.config import PASS_TOKENS, SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, read_rows
 from offline.evaluation.controls import projection_of
 from offline.gradients import mean_gradient
@@ -60,7 +60,7 @@ Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 def document_controls(
     package: Package, groups: DocumentGroups, load: Callable[[], Loaded], folder: Path, progress: Progress,
-    batch_tokens: int = 1024,
+    batch_tokens: int = PASS_TOKENS,
 ) -> DocumentControls:  # fmt: skip
     """The groups' directions, made as the package's atoms are: a path of gradient steps, or the unprojected mean gradient.
 

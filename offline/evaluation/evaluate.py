@@ -224,5 +224,5 @@ def _conditions(
 
 
 def _point(harness: Harness, goal: Goal, coefficient: float, mix: Mix, answers: Sequence[Answer]) -> CurvePoint:
-    rate = Rate.of(outcomes(answers, get_detector(goal.behaviour)))
-    return CurvePoint(coefficient, rate, degenerate_share(answers), harness.package.predicted_kl(mix))
+    shown = Rate.of(outcomes(answers, get_detector(goal.behaviour)))
+    return CurvePoint(coefficient, shown, degenerate_share(answers), harness.package.predicted_kl(mix))

@@ -180,18 +180,18 @@ def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> lis
         if result.choice is None or unsteered is None or atom is None:
             continue
         random, chosen = result.condition("random-1"), result.choice.coefficient
-        points: dict[float, tuple[Rate, float, dict[str, Any]]] = {
-            point.coefficient: (point.rate, point.degenerate, {}) for point in result.curve
-        }
-        points[chosen] = (atom.rate, atom.form.degenerate, {"kl": atom.kl, "rate_random": random and random.rate.share})
-        measured.setdefault(result.choice.atom, []).extend(
-            Effect(detector=result.goal.behaviour, prompts=result.goal.kind, coefficient=c, n=rate.n,
-                   rate_unsteered=unsteered.rate.share, rate=rate.share, degenerate=degenerate, **decoding, **more)
-            for c, (rate, degenerate, more) in sorted(points.items()) if c * chosen > 0
-        )  # fmt: skip
+        common = {"detector": result.goal.behaviour, "prompts": result.goal.kind, "n": unsteered.rate.n,
+                  "rate_unsteered": unsteered.rate.share, **decoding}  # fmt: skip
+        side = [Effect(coefficient=point.coefficient, rate=point.rate.share, degenerate=point.degenerate, **common)
+                for point in result.curve if point.coefficient * chosen > 0]  # fmt: skip
+        best = Effect(coefficient=chosen, rate=atom.rate.share, degenerate=atom.form.degenerate, kl=atom.kl,
+                      rate_random=random.rate.share if random else None, **common)  # fmt: skip
+        measured.setdefault(result.choice.atom, []).extend(sorted([*side, best], key=lambda effect: effect.coefficient))
     return [card.model_copy(update={"effects": _merged(card.effects, measured.get(card.id, []))}) for card in cards]
 
 
 def _merged(old: Sequence[Effect], new: Sequence[Effect]) -> list[Effect]:
-    replaced = {effect.series for effect in new}
-    return [*(effect for effect in old if effect.series not in replaced), *new]
+    """`new` in place of what is of the same series, and of older effects of its detectors, which may be of either."""
+    series, detectors = {effect.series for effect in new}, {effect.detector for effect in new}
+    kept = [e for e in old if e.series not in series and not (e.prompts is None and e.detector in detectors)]
+    return [*kept, *new]

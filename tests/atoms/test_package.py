@@ -79,11 +79,22 @@ def test_greedy_effects_are_written_as_older_packages_wrote_them(package: Packag
     greedy = Effect(detector="yes-no", coefficient=1.0, n=20, rate_unsteered=0.25, rate=0.5)
     sampled = greedy.model_copy(update={"coefficient": 2.0, "temperature": 0.7})
     first, *others = package.manifest.atoms
-    package.update([first.model_copy(update={"effects": [greedy, sampled]}), *others])
-    old, new = json.loads((package.path / "manifest.json").read_text())["atoms"][0]["effects"]
+    full = sampled.model_copy(update={"prompts": "inviting", "degenerate": 0.0, "kl": 0.2, "rate_random": 0.0})
+    package.update([first.model_copy(update={"effects": [greedy, sampled, full]}), *others])
+    old, new, whole = json.loads((package.path / "manifest.json").read_text())["atoms"][0]["effects"]
     assert sorted(old) == ["coefficient", "detector", "n", "rate", "rate_unsteered"]
     assert new["temperature"] == 0.7
-    assert Package.read(package.path).manifest.atoms[0].effects == [greedy, sampled]
+    assert (whole["degenerate"], whole["rate_random"]) == (0, 0), "nothing of 100 is not the same as nothing measured"
+    assert Package.read(package.path).manifest.atoms[0].effects == [greedy, sampled, full]
+
+
+def test_the_largest_effect_is_one_on_neutral_prompts(tiny_package: Package) -> None:
+    small = Effect(detector="yes-no", coefficient=2.0, n=20, rate_unsteered=0.0, rate=0.3, prompts="neutral")
+    lost = Effect(detector="yes-no", coefficient=-2.0, n=20, rate_unsteered=0.9, rate=0.0, prompts="inviting")
+    card = tiny_package.manifest.atoms[0]
+    assert card.model_copy(update={"effects": [lost, small]}).largest_effect == small
+    assert card.model_copy(update={"effects": [lost]}).largest_effect == lost
+    assert card.model_copy(update={"effects": []}).largest_effect is None
 
 
 def test_ids_are_the_content_hashes_of_the_directions(tiny_package: Package) -> None:

@@ -48,6 +48,9 @@ def test_evaluate_reports_every_goal_and_leaves_the_package_alone(cli: Cli, pack
     ]  # fmt: skip
     assert result["prompts"]["sha256"] == sha256_file(demo_data("evaluation_prompts"))
     assert result["prompts"]["sha256"][:16] in out
+    assert (result["decoding"]["temperature"], result["config"]["dev_samples"]) == (0.7, 3), (
+        "sampled unless told otherwise"
+    )
     rows = read_csv(tmp_path / "out" / "evaluation.csv")
     assert len(rows) == sum(len(g["conditions"]) for g in result["goals"]) >= 4
     assert all(row["n"] == "3" for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 import subprocess
 import sys
@@ -22,12 +23,13 @@ from atoms.model import merge_adapter
 from atoms.package import Package
 from atoms.steered import SteeredModel
 from atoms.storage import read_json
-from offline import rows
+from offline import pipeline, rows
 from offline.calibrate import DriftMeter, make_batches
 from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument
 from offline.pipeline import discover
 from offline.progress import Progress
+from offline.steering import PathMaker
 
 QUIET = Progress(quiet=True)
 KILLED_RUN = """
@@ -125,6 +127,23 @@ def test_changing_only_the_dictionary_reuses_the_rows(
     changed = discover(replace(config, dictionary=replace(config.dictionary, alpha=0.1)), QUIET)
     assert torch.equal(changed.projection_tensors["mean_row"], tiny_package.projection_tensors["mean_row"])
     assert changed.manifest.record["dictionary_objective"] != tiny_package.manifest.record["dictionary_objective"]
+
+
+def test_passes_for_gradients_take_half_of_the_tokens(
+    tiny_config: Callable[..., DiscoverConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: dict[str, int] = {}
+
+    def spy(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+        place = list(inspect.signature(function).parameters).index("batch_tokens")
+        monkeypatch.setattr(owner, name, lambda *given: limits.update({name: given[place]}) or function(*given))
+
+    for name in ("finetune", "fit_factors", "fit_eigenvalues", "write_rows"):
+        spy(pipeline, name)
+    spy(PathMaker, "of")
+    discover(tiny_config(tmp_path / "package", batch_tokens=300), QUIET)
+    assert limits == {"finetune": 300, "fit_factors": 150, "fit_eigenvalues": 150, "write_rows": 150, "of": 150}
 
 
 def test_an_existing_output_is_refused_and_kept_unless_forced(

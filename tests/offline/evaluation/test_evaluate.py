@@ -307,8 +307,8 @@ def test_results_are_flat_rows_and_card_entries(
     effects = {(e.series, e.coefficient): (e.prompts, e.rate_unsteered, e.rate, e.n) for e in cards[0].effects}
     assert effects == {
         ("bulleted-list", 1.0): ("neutral", 0, 0.8, HELDOUT), ("bulleted-list", 0.5): ("neutral", 0, 0.4, HELDOUT),
-        ("bulleted-list, invited", -1.0): ("inviting", 1, 0.25, HELDOUT),
-        ("bulleted-list, invited", -0.5): ("inviting", 1, 1, HELDOUT),
+        ("bulleted-list (invited)", -1.0): ("inviting", 1, 0.25, HELDOUT),
+        ("bulleted-list (invited)", -0.5): ("inviting", 1, 1, HELDOUT),
     }, "what lowers a behaviour was measured from another unsteered rate than what raises it"  # fmt: skip
     chosen = next(e for e in cards[0].effects if e.coefficient == 1.0)
     random = next(row for row in rows if row["condition"] == "random-1" and row["goal"] == "up")
@@ -322,10 +322,13 @@ def test_results_are_flat_rows_and_card_entries(
         evaluation, facts={**evaluation.facts, "decoding": {"temperature": 0.7, "top_p": 0.9}}
     )
     other = Effect(detector="yes-no", coefficient=2.0, n=9, rate_unsteered=0, rate=1)
-    elsewhere = Effect(detector="bulleted-list", coefficient=3.0, n=9, rate_unsteered=0.5, rate=1)
-    mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other, elsewhere]}), *cards[1:]]
+    elsewhere = Effect(detector="bulleted-list", coefficient=3.0, n=9, rate_unsteered=0.5, rate=1, prompts="neutral")
+    old = Effect(
+        detector="bulleted-list", coefficient=-3.0, n=9, rate_unsteered=0.9, rate=0
+    )  # of prompts that nobody noted
+    mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other, elsewhere, old]}), *cards[1:]]
     assert {(e.series, e.decoding) for e in cards_with_effects(mixed, sampled)[0].effects} == {
-        ("bulleted-list", "temperature 0.7, top-p 0.9"), ("bulleted-list, invited", "temperature 0.7, top-p 0.9"),
+        ("bulleted-list", "temperature 0.7, top-p 0.9"), ("bulleted-list (invited)", "temperature 0.7, top-p 0.9"),
         ("yes-no", "greedy")
     }, "a curve is of one set of prompts and one temperature"  # fmt: skip
 

@@ -24,6 +24,7 @@ class Atom(BaseModel):
     sound_range: list[float] | None = None
     kl_curve: list[list[float]]
     effects: list[dict[str, Any]]
+    """Measured rates. Left out: a `temperature` of 0 (greedy), a `top_p` of 1, and what was not measured."""
 
 
 class AtomList(BaseModel):
