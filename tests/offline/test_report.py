@@ -124,7 +124,7 @@ def test_rates_on_inviting_prompts_are_a_curve_of_their_own(tiny_package: Packag
     assert f"yes-no 25% [{low:.0%}, {high:.0%}] of 20 at 0" in page.text
     assert "yes-no 25% → 75% at +2" in page.text, "the headline is of neutral prompts"
     assert str(invited) == "yes-no 90% → 10% at -1.5 (inviting prompts)"
-    assert "Rates of yes-no, yes-no (invited) by coefficient" in page.values("aria-label")
+    assert "Rates of yes-no (invited), yes-no by coefficient" in page.values("aria-label")
 
 
 def test_the_sparsity_plots_count_the_training_documents(tiny_package: Package) -> None:
