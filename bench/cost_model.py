@@ -1,54 +1,44 @@
-"""The cost model of docs/cost-model.md: its formulas at any size, and the dictionary's checked against measured small points.
+"""The cost model of docs/cost-model.md: its formulas at any size, and the dictionary's checked against measured points.
 
     python bench/cost_model.py [--documents 1000000] [--tokens 60] [--atoms 10000] [--components 6800] [--kept 500]
-                               [--pass-rate 200] [--flops 1e11] [--json FILE]
+                               [--pass-rate 200] [--flops 1e11] [--row-seconds 1e-4] [--json FILE]
 
---pass-rate: tokens a second of one forward and backward pass; --flops: of large float32 products, both of the machine in
-mind. The check learns two iterations at several sizes on made-up rows here, and shows measured over modelled seconds at the
-rate of operations of the median point: a constant ratio is what the model needs.
+--pass-rate: tokens a second of one forward and backward pass; --flops: of large float32 products; --row-seconds: to code one
+row; all of the machine in mind. The check learns two iterations at several sizes on made-up rows here, fits the last two to
+the small ones, and shows measured over modelled seconds, of a larger one as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import atoms.projection
+import torch
+
 from offline.config import CalibrateConfig, CurvatureConfig, DictionaryConfig, SteeringConfig
 from offline.dictionary import learn_dictionary
 from offline.plan import DICTIONARY_PASSES, made_up_rows
 from offline.progress import Progress
 
-POINTS = (
-    (1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000), (12_500, 2000, 6000),
-)  # fmt: skip
-"""(rows, atoms, components)."""
+FITTED = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
+"""(rows, atoms, components) that the rates are fitted to."""
+CHECKED = ((12_500, 2000, 6000),)
+ITERATIONS = 2
 WHITENING_OPERATIONS = 26 * 144
 """A component of a row: six passes of two products with a basis of 128 + 16 vectors, and one with it at the end."""
 HELD_OUT = DictionaryConfig().held_out
 SCALE_STEPS = 3
 """Trials until an atom costs 0.05 nats at ±1, at most five."""
-USED = 3
-"""Atoms in a row's code (2-3 at α = 0.1)."""
 
 
-def iteration_operations(rows: int, count: int, dim: int, small: float) -> dict[str, float]:
-    """Floating-point operations of one alternation of offline/dictionary.py; `small`: those of the linear systems of a row's
-    working set.
-
-    One product of rows and atoms; codes are sparse, so the Gram matrix, AᵀA and AᵀX cost USED atoms a row; the Gram matrix
-    itself, and the products of a sweep of atoms.
-    """
-    return {
-        "rows × atoms": 2 * rows * count * dim,
-        "sparse codes": rows * (small + 2 * USED * (3 * count + dim)),
-        "Gram matrix, update of atoms": 2 * 2 * count**2 * dim,
-    }
+def product_operations(rows: int, count: int, dim: int) -> dict[str, float]:
+    """Floating-point operations of the products of one alternation of offline/dictionary.py: of rows and atoms, and the Gram
+    matrix with a sweep of atoms. A row's code and its part of AᵀA and AᵀX take a time of their own."""
+    return {"rows × atoms": 2 * rows * count * dim, "Gram matrix, update of atoms": 2 * 2 * count**2 * dim}
 
 
 def main() -> None:
@@ -60,56 +50,58 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=500)
     parser.add_argument("--pass-rate", type=float, default=200.0)
     parser.add_argument("--flops", type=float, default=1e11)
+    parser.add_argument("--row-seconds", type=float, default=1e-4)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    points = [measure(*point) for point in POINTS]
-    rate = statistics.median_low(point["operations"] / point["seconds"] for point in points)
-    print(f"two alternations each, at {rate / 1e9:.1f} GFLOP/s")
-    print(f"{'rows':>6}{'atoms':>7}{'dim':>6}{'codes/row':>11}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
+    points = [measure(*point) for point in FITTED + CHECKED]
+    a_product, a_row = fit(points[: len(FITTED)])
+    print(f"{ITERATIONS} alternations each; fitted to the first {len(FITTED)}: products {1e-9 / a_product:.1f} GFLOP/s, "
+          f"{1e6 * a_row:.0f} µs a row and alternation")  # fmt: skip
+    print(f"{'rows':>7}{'atoms':>7}{'dim':>6}{'measured s':>12}{'modelled s':>12}{'ratio':>7}")
     for point in points:
-        point["ratio"] = point["seconds"] * rate / point["operations"]
-        print(f"{point['rows']:>6}{point['atoms']:>7}{point['dim']:>6}{point['small']:>11.2g}{point['seconds']:>12.2f}"
-              f"{point['operations'] / rate:>12.2f}{point['ratio']:>7.2f}")  # fmt: skip
-    table = project(options, max(point["small"] for point in points))
+        point["modelled"] = a_product * point["operations"] + a_row * ITERATIONS * point["rows"]
+        point["ratio"] = point["seconds"] / point["modelled"]
+        print(f"{point['rows']:>7}{point['atoms']:>7}{point['dim']:>6}{point['seconds']:>12.2f}{point['modelled']:>12.2f}"
+              f"{point['ratio']:>7.2f}")  # fmt: skip
+    table = project(options)
     size = f"{options.documents:,} documents of {options.tokens:g} tokens"
     print(f"\n{size}, {options.atoms:,} atoms of {options.components:,} components")
     for name, value in table.items():
-        print(f"  {name:<52}{value}")
+        print(f"  {name:<54}{value}")
     if options.json:
-        options.json.write_text(json.dumps({"points": points, "table": table}, indent=1) + "\n")
+        rates = {"seconds an operation": a_product, "seconds a row": a_row}
+        options.json.write_text(json.dumps({"points": points, "rates": rates, "table": table}, indent=1) + "\n")
 
 
 def measure(rows: int, count: int, dim: int) -> dict[str, float]:
-    """One point: seconds and modelled operations of two alternations here."""
-    small = 0
-    signs = atoms.projection._signs  # once a system, and once before
-
-    def counted(values, *arguments):
-        nonlocal small
-        n, s = values.shape
-        small += n * (2 * s**3 // 3 + 4 * s**2)
-        return signs(values, *arguments)
-
+    """One point: CPU seconds of all threads, and the products' operations, of `ITERATIONS` alternations here."""
     with tempfile.TemporaryDirectory() as folder:
         store = made_up_rows(Path(folder), rows, dim, count)
-        atoms.projection._signs = counted
-        started = time.process_time()  # of all threads, so that neighbours on the machine count less
-        learn_dictionary(store, range(rows), DictionaryConfig(atoms=count, iterations=2), 0, Progress(quiet=True))
+        started = time.process_time()  # so that neighbours on the machine count less
+        config = DictionaryConfig(atoms=count, iterations=ITERATIONS)
+        learn_dictionary(store, range(rows), config, 0, Progress(quiet=True))
         seconds = time.process_time() - started
-        atoms.projection._signs = signs
-    a_row = small / (2 * rows)
-    operations = 2 * sum(iteration_operations(rows, count, dim, a_row).values())
-    return {"rows": rows, "atoms": count, "dim": dim, "small": a_row, "seconds": seconds, "operations": operations}
+    operations = ITERATIONS * sum(product_operations(rows, count, dim).values())
+    return {"rows": rows, "atoms": count, "dim": dim, "seconds": seconds, "operations": operations}
 
 
-def project(options: argparse.Namespace, small: float) -> Mapping[str, str]:
+def fit(points: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """(seconds an operation, seconds a row and alternation): least squares of the relative errors."""
+    costs = torch.tensor([[p["operations"], ITERATIONS * p["rows"]] for p in points], dtype=torch.float64)
+    seconds = torch.tensor([p["seconds"] for p in points], dtype=torch.float64)
+    rates = torch.linalg.lstsq(costs / seconds[:, None], torch.ones(len(points), 1, dtype=torch.float64)).solution
+    return float(rates[0]), float(rates[1])
+
+
+def project(options: argparse.Namespace) -> Mapping[str, str]:
     """The model at the size asked for."""
     documents, count, dim = options.documents, options.atoms, options.components
     tokens = documents * options.tokens
-    operations = iteration_operations(documents, count, dim, small)
+    operations = product_operations(documents, count, dim)
     path, curvature, calibration = SteeringConfig(), CurvatureConfig(), CalibrateConfig()
     steps = path.steps * path.documents  # passes over a document, which counts as one of the corpus though it is cut
     hours = {name: DICTIONARY_PASSES * value / options.flops / 3600 for name, value in operations.items()}
+    hours["rows' codes"] = DICTIONARY_PASSES * documents * options.row_seconds / 3600
     sampled = curvature.factor_documents + curvature.eigenvalue_documents
     # forward passes over all prompts, at half of the cost of a forward and backward one
     passes_an_hour = 3600 * 2 * options.pass_rate / (calibration.prompts * calibration.continuation_tokens)
