@@ -100,17 +100,19 @@ class Effect(_Frozen):
     rate_random: float | None = _unsaid(None)
 
     def __str__(self) -> str:
-        how = [
-            *(["inviting prompts"] if self.prompts == "inviting" else []),
-            *([self.decoding] if self.temperature else []),
-        ]
+        how = ["inviting prompts"] * self.invited + [self.decoding] * (self.temperature > 0)
         told = f" ({', '.join(how)})" if how else ""
         return f"{self.detector} {self.rate_unsteered:.0%} → {self.rate:.0%} at {self.coefficient:+g}{told}"
 
     @property
+    def invited(self) -> bool:
+        """Whether the prompts asked for the behaviour: a form that a prompt asks for is easily lost."""
+        return self.prompts == "inviting"
+
+    @property
     def series(self) -> str:
         """What one curve shows: rates of a detector on one kind of prompts."""
-        return f"{self.detector} (invited)" if self.prompts == "inviting" else self.detector
+        return f"{self.detector} (invited)" if self.invited else self.detector
 
     @property
     def change(self) -> float:
@@ -149,8 +151,8 @@ class AtomCard(_Frozen):
 
     @property
     def largest_effect(self) -> Effect | None:
-        """Of those on neutral prompts if there are any: a form that a prompt asks for is easily lost."""
-        return max(self.effects, key=lambda e: (e.prompts != "inviting", abs(e.change)), default=None)
+        """Of those on neutral prompts if there are any."""
+        return max(self.effects, key=lambda e: (not e.invited, abs(e.change)), default=None)
 
 
 class Manifest(_Frozen):

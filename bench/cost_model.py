@@ -67,7 +67,7 @@ def main() -> None:
     size = f"{options.documents:,} documents of {options.tokens:g} tokens"
     print(f"\n{size}, {options.atoms:,} atoms of {options.components:,} components")
     for name, value in table.items():
-        print(f"  {name:<54}{value}")
+        print(f"  {name:<58}{value}")
     if options.json:
         rates = {"seconds an operation": a_product, "seconds a row": a_row}
         options.json.write_text(json.dumps({"points": points, "rates": rates, "table": table}, indent=1) + "\n")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -36,7 +35,7 @@ from offline.config import (
     SelectConfig,
 )
 from offline.evaluation.prompts import demo_data, read_prompts
-from offline.memory import KERNEL_CACHES
+from offline.memory import unbounded_environment
 from offline.models import prepare_demo_model
 from offline.pipeline import discover
 from offline.progress import Progress
@@ -106,19 +105,16 @@ def best_atoms(package: Package) -> list[AtomCard]:
 
 
 def _gain(card: AtomCard) -> float:
-    own = (e for e in card.effects if e.detector == card.alias and e.prompts != "inviting" and e.coefficient > 0)
+    own = (e for e in card.effects if e.detector == card.alias and not e.invited and e.coefficient > 0)
     return max((effect.change for effect in own), default=0.0)
 
 
 @contextmanager
 def _server(package: Package, port: int, log: Path) -> Iterator[None]:
     """Runs `atomsteer serve` until the block ends. Raises EngineError if it does not get ready."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in KERNEL_CACHES
-    }  # of the discovery alone
     command = [sys.executable, "-m", "clients.cli", "serve", "--package", str(package.path), "--port", str(port)]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=unbounded_environment())
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}/ready", log)
             yield

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Environment variables that say how many kernels oneDNN and ideep keep."""
 _KERNELS = 64
 _THRESHOLD = 2**23
@@ -40,8 +40,13 @@ def bound_kernel_caches() -> None:
     processes inherit, when the first kernel is made: after that nothing changes in this process. What is set there has the last
     word (oneDNN's documentation, "Primitive Cache"; ideep's lru_cache.hpp).
     """
-    for variable in KERNEL_CACHES:
+    for variable in _KERNEL_CACHES:
         os.environ.setdefault(variable, str(_KERNELS))
+
+
+def unbounded_environment() -> dict[str, str]:
+    """The environment without the bounds, for child processes that do something else: a server needs more kernels."""
+    return {name: value for name, value in os.environ.items() if name not in _KERNEL_CACHES}
 
 
 def trim() -> None:

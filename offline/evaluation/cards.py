@@ -59,7 +59,7 @@ def name_by_effect(cards: Sequence[AtomCard], min_change: float = 0.1) -> list[A
     """
     gains = sorted(
         ((effect.change, effect.detector, card.id) for card in cards for effect in card.effects
-         if effect.coefficient > 0 and effect.prompts != "inviting"), key=lambda item: (-item[0], item[1], item[2]),
+         if effect.coefficient > 0 and not effect.invited), key=lambda item: (-item[0], item[1], item[2]),
     )  # fmt: skip
     names: dict[str, str] = {}
     for gain, detector, atom in gains:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.memory import KERNEL_CACHES
+from offline.memory import unbounded_environment
 
 FREES = """
 import ctypes, json, sys
@@ -64,14 +63,11 @@ print(json.dumps(anonymous() - before))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
 def test_kernels_of_past_shapes_are_let_go() -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in KERNEL_CACHES
-    }  # a discovery set them here
-
     def run(mode: str) -> int:
         done = subprocess.run(
-            [sys.executable, "-c", KERNELS, mode], capture_output=True, text=True, check=True, env=environment
-        )
+            [sys.executable, "-c", KERNELS, mode], capture_output=True, text=True, check=True,
+            env=unbounded_environment(),  # a discovery in this process has bounded them
+        )  # fmt: skip
         return json.loads(done.stdout)
 
     kept = run("kept")

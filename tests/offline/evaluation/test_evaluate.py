@@ -323,9 +323,8 @@ def test_results_are_flat_rows_and_card_entries(
     )
     other = Effect(detector="yes-no", coefficient=2.0, n=9, rate_unsteered=0, rate=1)
     elsewhere = Effect(detector="bulleted-list", coefficient=3.0, n=9, rate_unsteered=0.5, rate=1, prompts="neutral")
-    old = Effect(
-        detector="bulleted-list", coefficient=-3.0, n=9, rate_unsteered=0.9, rate=0
-    )  # of prompts that nobody noted
+    # of prompts that nobody noted
+    old = Effect(detector="bulleted-list", coefficient=-3.0, n=9, rate_unsteered=0.9, rate=0)
     mixed = [cards[0].model_copy(update={"effects": [*cards[0].effects, other, elsewhere, old]}), *cards[1:]]
     assert {(e.series, e.decoding) for e in cards_with_effects(mixed, sampled)[0].effects} == {
         ("bulleted-list", "temperature 0.7, top-p 0.9"), ("bulleted-list (invited)", "temperature 0.7, top-p 0.9"),
