@@ -231,7 +231,7 @@ class DiscoverConfig:
     @property
     def pass_tokens(self) -> int:
         """Padded tokens of a batch in passes that take gradients. Half of what the fine-tune takes: they come on top of what
-        the run has made so far, and are as fast in bfloat16 and up to a seventh slower in float32."""
+        the run has made so far, and are as fast (docs/discovery.md)."""
         return self.batch_tokens // 2
 
     @property
