@@ -135,6 +135,11 @@ class AtomCard(_Frozen):
     stability: float | None = Field(
         description="|cosine| of its gradient with its match in a dictionary of another seed; null: not measured"
     )
+    stability_halves: float | None = _unsaid(
+        None,
+        "|cosine| of its gradient with its matches in dictionaries of two halves of the documents, the smaller; "
+        "null: not measured",
+    )
     n_documents: int
     orientation: Orientation
     tested_range: tuple[float, float]

@@ -40,7 +40,7 @@ from offline.curvature import factors_from_tensors, kronecker_eigenvalues
 from offline.dictionary import default_atoms, encode, learn_dictionary
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
-from offline.select import candidates, coherence, select, stability
+from offline.select import candidates, coherence, select, split_halves, stability
 from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
@@ -224,7 +224,7 @@ def judge(
     codes = encoded.to_dense()
     directions = store.whitening.gradients(learned.atoms)
     halves = [store.whitening.gradients(learn_dictionary(store, half, config, seed, QUIET).atoms)
-              for half in halved(len(store), seed)]  # fmt: skip
+              for half in split_halves(range(len(store)), seed)]  # fmt: skip
     found_again = in_both(directions, halves)
     rated = rate(directions, codes.abs(), store, tasks, codes.sign(), found_again)
     if lengths is not None:
@@ -245,14 +245,8 @@ def judge(
 def judge_group(group: Grouping, store: RowStore, tasks: Sequence[str], seed: int) -> dict[str, float]:
     """Rates another way to make groups, of all documents and of the same halves (found again with either sign)."""
     directions, weights = group(seed, list(range(len(store))))
-    halves = [group(seed, half)[0] for half in halved(len(store), seed)]
+    halves = [group(seed, half)[0] for half in split_halves(range(len(store)), seed)]
     return rate(directions, weights, store, tasks, found_again=in_both(directions, halves))
-
-
-def halved(count: int, seed: int) -> list[list[int]]:
-    """Two random halves of the document numbers below `count`, each sorted."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [sorted(order[: count // 2]), sorted(order[count // 2 :])]
 
 
 def in_both(directions: Tensor, halves: Sequence[Tensor]) -> Tensor:

@@ -14,18 +14,22 @@ def package_table(package: Package) -> Table:
     table = Table(title=f"{manifest.name} {manifest.version} · {manifest.base_model.id} · {len(manifest.atoms)} atoms",
                   caption="coefficient ±1 = "
                   f"{manifest.conventions.unit_nats} nats a token; files verified")  # fmt: skip
-    for heading, justify in (("id", "left"), ("alias", "left"), ("docs", "right"), ("coherence", "right"), ("z", "right"),
-                             ("stability", "right"), ("held-out loss at +1", "right"), ("range", "left"), ("effect", "left"),
-                             ("keywords", "left")):  # fmt: skip
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    left = {"id", "alias", "range", "effect", "keywords"}
+    for heading in ("id", "alias", "docs", "coherence", "z", "stability", "in halves", "held-out loss at +1", "range",
+                    "effect", "keywords"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in left else "right", overflow="fold")
     for card in manifest.atoms:
         change = card.orientation.loss_at_plus_one - card.orientation.loss_unsteered
         table.add_row(
             card.id, card.alias or "", str(card.n_documents), f"{card.coherence.raw:.3f}", f"{card.coherence.raw_z:.1f}",
-            "" if card.stability is None else f"{card.stability:.2f}", f"{change:+.3f}", _range(card), _effect(card),
+            _cosine(card.stability), _cosine(card.stability_halves), f"{change:+.3f}", _range(card), _effect(card),
             " ".join(card.keywords),
         )  # fmt: skip
     return table
+
+
+def _cosine(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _range(card: AtomCard) -> str:

@@ -33,6 +33,7 @@ class DiscoveredAtom:
     calibrated: Calibrated
     orientation: Orientation
     stability: float
+    stability_halves: float | None
     keywords: list[str]
 
 
@@ -108,6 +109,7 @@ def _card(atom: DiscoveredAtom, content_hash: str) -> AtomCard:
         keywords=atom.keywords,
         coherence=atom.candidate.coherence,
         stability=atom.stability,
+        stability_halves=atom.stability_halves,
         n_documents=atom.candidate.n_documents,
         orientation=atom.orientation,
         tested_range=(min(coefficients), max(coefficients)),

@@ -196,7 +196,8 @@ def recipe_settings(name: str, part: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class DiscoverConfig:
-    """Everything that `discover` needs. `data` is a file of documents; `out` the package to write."""
+    """Everything that `discover` needs. `data` is a file of documents; `out` the package to write. `halves`: whether two
+    dictionaries of half of the documents each are learned, to say of every atom whether it is found again."""
 
     model: str
     data: Path
@@ -214,6 +215,7 @@ class DiscoverConfig:
     skip_bad_lines: bool = False
     limit: int | None = None
     include_documents: bool = True
+    halves: bool = True
     force: bool = False
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     curvature: CurvatureConfig = field(default_factory=CurvatureConfig)

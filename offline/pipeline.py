@@ -63,9 +63,9 @@ from offline.passes import quicken
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
-from offline.select import Candidate, Sparsity, candidates, keywords, least_support, select, stability
+from offline.select import Candidate, Sparsity, candidates, keywords, least_support, select, split_halves, stability
 from offline.steering import PathMaker
-from offline.whitening import fit_whitening
+from offline.whitening import common_direction, fit_whitening
 from offline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -83,15 +83,25 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
     adapter = run.adapter()
     projection = run.projection(adapter)
     store = run.rows(projection)
-    dictionary = run.dictionary(store)
+    learned = run.dictionary(store)
     if ranks.first:  # what is left is measured on a few prompts, while the others wait
         run.workspace.ranks = ALONE
-        chosen = run.select(store, dictionary)
-        directions = run.directions(adapter, projection, store, dictionary, chosen)
-        atoms, drift = run.calibrate(adapter, projection, store, dictionary, chosen, directions)
-        run.package(adapter, projection, store, dictionary, chosen, atoms, drift)
+        chosen = run.select(store, learned)
+        directions = run.directions(adapter, projection, store, learned, chosen)
+        atoms, drift = run.calibrate(adapter, projection, store, learned, chosen, directions)
+        run.package(adapter, projection, store, learned, chosen, atoms, drift)
     ranks.wait()
     return Package.read(config.out)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The dictionary, and what says whether its atoms are found again: the atoms of a second seed, and the |cosine| of each
+    atom's gradient with its match in a dictionary of either random half of the documents, (2, K); None: not asked for."""
+
+    dictionary: Dictionary
+    second: Tensor
+    halves: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -208,8 +218,8 @@ class Run:
             self._write(file, fit_whitening(store, self.config.whitening, self.progress, self.ranks).to_tensors())
         return dataclasses.replace(store, fitted=RowWhitening.from_tensors(load_file(file)))
 
-    def dictionary(self, store: RowStore) -> tuple[Dictionary, Tensor]:
-        """The dictionary, and the atoms of a second seed, against which stability is judged."""
+    def dictionary(self, store: RowStore) -> Learned:
+        """The dictionary, and others against which it is judged whether its atoms are found again."""
         config = self.config
         folder = self.workspace.open("dictionary", **dataclasses.asdict(config.dictionary), seed=config.seed)
         file = folder / "dictionary.safetensors"
@@ -224,18 +234,31 @@ class Run:
                                "objectives": torch.tensor(first.objectives, dtype=torch.float64),
                                "gap": torch.tensor(first.duality_gap, dtype=torch.float64)})  # fmt: skip
         stored = load_file(file)
-        return Dictionary(stored["atoms"], tuple(stored["objectives"].tolist()), float(stored["gap"])), stored["second"]
+        dictionary = Dictionary(stored["atoms"], tuple(stored["objectives"].tolist()), float(stored["gap"]))
+        halves = self._in_halves(store, dictionary, folder / "halves.safetensors") if config.halves else None
+        return Learned(dictionary, stored["second"], halves)
 
-    def select(self, store: RowStore, dictionaries: tuple[Dictionary, Tensor]) -> Selection:
+    def _in_halves(self, store: RowStore, dictionary: Dictionary, file: Path) -> Tensor:
+        """`Learned.halves`, kept in `file`: as many atoms are learned from each half."""
+        config, gradients = self.config, store.whitening.gradients(dictionary.atoms)
+        if self._missing(file):
+            as_many, cosines = dataclasses.replace(config.dictionary, atoms=len(dictionary.atoms)), []
+            halves = split_halves(self.training, config.seed)
+            for name, half in zip(("first half", "second half"), halves, strict=True):
+                learned = learn_dictionary(store, half, as_many, config.seed, self.progress, name, self.ranks)
+                cosines.append(stability(gradients, store.whitening.gradients(learned.atoms)))
+            self._write(file, {"cosines": torch.stack(cosines)})
+        return load_file(file)["cosines"]
+
+    def select(self, store: RowStore, learned: Learned) -> Selection:
         """The atoms that have support, hold together beyond chance, come again with another seed, and are new."""
-        dictionary, second = dictionaries
-        config = self.config
+        config, dictionary = self.config, learned.dictionary
         codes = encode(store, self.training, dictionary.atoms, config.dictionary)
         lengths = [len(document.response_ids) for document in self.encoded.documents]
         found = candidates(store, codes, lengths, config.select, config.seed)
         least = least_support(codes, config.select)
         gradients = store.whitening.gradients(dictionary.atoms)
-        stabilities = stability(gradients, store.whitening.gradients(second))
+        stabilities = stability(gradients, store.whitening.gradients(learned.second))
         chosen = select(found, gradients, stabilities, config.select)
         self.progress.say(
             f"  {len(dictionary.atoms)} dictionary atoms: {len(found)} with at least "
@@ -251,13 +274,12 @@ class Run:
         return Selection(chosen, documents, stabilities, Sparsity.of(codes), least)
 
     def directions(
-        self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
-        selection: Selection,
-    ) -> dict[int, Direction]:  # fmt: skip
+        self, adapter: Adapter, projection: Projection, store: RowStore, learned: Learned, selection: Selection
+    ) -> dict[int, Direction]:
         """Dictionary atom -> its direction, of no particular strength: a path along its documents, or the atom unprojected."""
         config, chosen = self.config, selection.chosen
         if not config.steering.steps:
-            atoms, exponent = dictionaries[0].atoms, config.calibrate.exponent
+            atoms, exponent = learned.dictionary.atoms, config.calibrate.exponent
             return {
                 c.atom: projection.unproject(store.whitening.undo(atoms[c.atom], exponent), exponent) for c in chosen
             }
@@ -281,8 +303,8 @@ class Run:
         return PathMaker.of(model, adapter.space, self.encoded.documents, steering, self.config.pass_tokens)
 
     def calibrate(
-        self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
-        selection: Selection, directions: Mapping[int, Direction],
+        self, adapter: Adapter, projection: Projection, store: RowStore, learned: Learned, selection: Selection,
+        directions: Mapping[int, Direction],
     ) -> tuple[list[DiscoveredAtom], Tensor]:  # fmt: skip
         """Scales each atom to 0.05 nats at ±1, checks its orientation on held-out documents, and measures M."""
         config = self.config
@@ -293,7 +315,7 @@ class Run:
         if not (folder / "drift.safetensors").exists():
             meter = self.meter(adapter, folder)
             self._calibrate_pending(
-                meter, folder, projection, store, dictionaries[0].atoms, selection.chosen, directions
+                meter, folder, projection, store, learned.dictionary.atoms, selection.chosen, directions
             )
             self._measure_drift(meter, folder, selection.chosen)
             meter.steered.close()
@@ -302,7 +324,8 @@ class Run:
             if result := read_calibrated(_atom_file(folder, candidate)):
                 words = keywords(self.corpus.documents, candidate.documents)
                 stable = float(selection.stabilities[candidate.atom])
-                discovered.append(DiscoveredAtom(candidate, *result, stable, words))
+                in_halves = None if learned.halves is None else float(learned.halves[:, candidate.atom].min())
+                discovered.append(DiscoveredAtom(candidate, *result, stable, in_halves, words))
         if dropped := len(selection.chosen) - len(discovered):
             self.progress.say(f"  dropped {dropped} atoms: neither sign lowers the loss on their held-out documents")
         return discovered, load_file(folder / "drift.safetensors")["M"]
@@ -332,13 +355,14 @@ class Run:
         write_tensors(folder / "drift.safetensors", {"M": matrix})
 
     def package(
-        self, adapter: Adapter, projection: Projection, store: RowStore, dictionaries: tuple[Dictionary, Tensor],
-        selection: Selection, atoms: Sequence[DiscoveredAtom], drift: Tensor,
+        self, adapter: Adapter, projection: Projection, store: RowStore, learned: Learned, selection: Selection,
+        atoms: Sequence[DiscoveredAtom], drift: Tensor,
     ) -> Package:  # fmt: skip
         """Writes the package and returns it, read back."""
+        facts = self.facts(selection) | {"mean_row": common_direction(store, projection.slices())}
         discovery = Discovery(
-            self.config, self.base_ref, adapter, projection, dictionaries[0], store.whitening, selection.sparsity, list(atoms),
-            drift, self.corpus, self.facts(selection), self.progress.costs,
+            self.config, self.base_ref, adapter, projection, learned.dictionary, store.whitening, selection.sparsity,
+            list(atoms), drift, self.corpus, facts, self.progress.costs,
         )  # fmt: skip
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)
         return Package.read(self.config.out)

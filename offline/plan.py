@@ -8,7 +8,7 @@ on a small sample of the actual documents with the actual model, and its time is
     fine-tune, factors, eigenvalues, gradients    work = padded tokens of the planned batches
     eigenvectors                                  fixed: the matrices are the same whatever the documents
     whitening                                     work = rows, made up, of the true length
-    dictionary, second seed                       work = iterations × rows, likewise
+    dictionary, second seed, first and second half     work = iterations × rows, likewise
     directions                                    work = padded tokens of the steps' batches; fixed: finding their length
     calibrate, drift matrix                       work = atoms × continuation tokens
 
@@ -242,13 +242,18 @@ class _Probe:
         store = made_up_rows(self.folder / "rows", count, projection.dim, probed)
         _, whitening = _timed(lambda: fit_whitening(store, self.config.whitening, self.costs))
         learn_dictionary(store, range(count), replace(config, atoms=probed, iterations=2), 0, self.costs, "dictionary")
-        seconds = self.costs.costs["dictionary"].seconds * _work_a_row(atoms, rows) / _work_a_row(probed, count)
         passes = min(config.iterations, DICTIONARY_PASSES)
         planned, made = (passes, 2) if config.learner == "blocks" else (1, 1)  # scikit-learn stops by itself
-        return [
-            StagePlan("whitening", "rows", len(self.encoded.documents), count, whitening),
-            *(StagePlan(name, "rows", planned * rows, made * count, seconds) for name in ("dictionary", "second seed")),
-        ]
+        learned = {"dictionary": rows, "second seed": rows}
+        if self.config.halves:
+            learned |= {"first half": rows // 2, "second half": rows - rows // 2}
+
+        def learning(name: str, rows: int) -> StagePlan:
+            share = _work_a_row(min(atoms, rows), max(rows, 1)) / _work_a_row(probed, count)
+            return StagePlan(name, "rows", planned * rows, made * count, share * self.costs.costs["dictionary"].seconds)
+
+        whole = StagePlan("whitening", "rows", len(self.encoded.documents), count, whitening)
+        return [whole, *(learning(name, share) for name, share in learned.items())]
 
     def _direction_stages(self, adapter: Adapter, kept: int) -> list[StagePlan]:
         """One step on the probe's documents; a document of the run is as long as those of its reference sample are."""

@@ -35,6 +35,8 @@ _MAP_WIDTH, _HALF_LETTER = 860, 3.9
 _MOST_BARS, _MOST_PAIRED = 600, 48
 """Bars of one figure, and atoms of the figure of pairs: more could not be told apart, and would make the page large."""
 _SERIES = 3
+_FOUND = 0.8
+"""An atom counts as found in both halves of the documents above this cosine."""
 _NAMED_EFFECT = 0.1
 """Besides the atom's own detector, the plot shows detectors whose rate changes by at least this much."""
 
@@ -64,6 +66,7 @@ def render_report(
         map=_map(manifest.atoms, projection),
         cards=[_card(card, float(drift[row, row]), behind.get(card.id, [])) for row, card in enumerate(manifest.atoms)],
         spectrum=_spectrum(projection),
+        common=_common(manifest.record.get("mean_row") or {}),
         sparsity=_sparsity(projection),
         together=_together(manifest.atoms, drift),
         stages=_stages(manifest.record.get("timings", {})),
@@ -82,6 +85,7 @@ def _template(name: str) -> str:
 def _tiles(manifest: Manifest) -> list[dict[str, str]]:
     record, cards = manifest.record, manifest.atoms
     stable = [card.stability for card in cards if card.stability is not None]
+    halves = [card.stability_halves for card in cards if card.stability_halves is not None]
     named = sum(card.alias is not None for card in cards)
     return [
         {"name": "atoms", "value": str(len(cards)), "note": f"of {record.get('dictionary_atoms', '?')} in the dictionary"},
@@ -89,6 +93,8 @@ def _tiles(manifest: Manifest) -> list[dict[str, str]]:
         {"name": "documents", "value": _count(record.get("documents")), "note": f"{_count(record.get('tokens'))} tokens"},
         {"name": "median coherence", "value": f"{statistics.median(c.coherence.raw for c in cards):.2f}", "note": "raw"},
         {"name": "median stability", "value": f"{statistics.median(stable):.2f}" if stable else "–", "note": "across seeds"},
+        *([{"name": "found in both halves", "value": f"{sum(c > _FOUND for c in halves) / len(halves):.0%}",
+            "note": f"cosine above {_FOUND:g}"}] if halves else []),
     ]  # fmt: skip
 
 
@@ -197,7 +203,8 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
         "raw_z": coherence.raw_z,
         "whitened": coherence.whitened,
         "whitened_z": coherence.whitened_z,
-        "stability": "not measured" if card.stability is None else f"{card.stability:.2f}",
+        "stability": _cosine(card.stability),
+        "halves": _cosine(card.stability_halves),
         "loss_before": orientation.loss_unsteered,
         "loss_after": orientation.loss_at_plus_one,
         "loss_change": orientation.loss_at_plus_one - orientation.loss_unsteered,
@@ -340,6 +347,22 @@ def _panel(name: str, keys: Sequence[str], projection: Mapping[str, Tensor]) -> 
     return figure.render()
 
 
+def _common(mean_row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The direction that all documents share, a bar a layer; None if none was taken off, or the package does not record it."""
+    if not mean_row:
+        return None
+    shares = mean_row["by_layer"]
+    figure = Figure(420, 200, f"Common direction by layer, of {len(shares)}")
+    x, y = Scale(-0.5, len(shares) - 0.5, 46, 414), Scale(0, max(shares), 162, 22)
+    figure.axes(x, y, x_ticks=range(0, len(shares), max(1, -(-len(shares) // 10))), x_label="layer", percent=True,
+                y_label="share of its squared length")  # fmt: skip
+    width = 0.8 * (x(1) - x(0))
+    for layer, share in enumerate(shares):
+        figure.add("rect", element("title", f"layer {layer}: {share:.1%}"), x=f"{x(layer) - width / 2:.1f}",
+                   y=f"{y(share):.1f}", width=f"{width:.1f}", height=f"{y(0) - y(share):.1f}", class_="bar")  # fmt: skip
+    return {"svg": figure.render(), "share": mean_row["share"], "cosine": mean_row["median_cosine"]}
+
+
 def _sparsity(projection: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Plots of codes a document and documents an atom; None if the package does not record them."""
     if "codes_per_document" not in projection:
@@ -445,6 +468,10 @@ def _sound(card: AtomCard) -> str:
     if card.sound_range is None:
         return "not measured"
     return _span(card.sound_range) if any(card.sound_range) else "none of the measured coefficients"
+
+
+def _cosine(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
 
 
 def _interval(rate: float, n: int) -> tuple[float, float]:

@@ -125,6 +125,14 @@ def stability(atoms: Tensor, others: Tensor) -> Tensor:
     return result
 
 
+def split_halves(documents: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
+    """Two random halves of `documents`, each sorted; of an odd number the second is the larger."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    middle = len(order) // 2
+    first, second = (sorted(documents[place] for place in part) for part in (order[:middle], order[middle:]))
+    return first, second
+
+
 def keywords(documents: Sequence[Document], members: Sequence[int], count: int = 6) -> list[str]:
     """Words that mark `members` (row numbers): largest z of the log-odds with an informative Dirichlet prior.
 

@@ -11,7 +11,8 @@ each adding up XᵀXQ (D, r), so that memory does not grow with N.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -42,6 +43,33 @@ def fit_whitening(store: RowStore, config: WhiteningConfig, progress: Progress, 
             bar.advance()
         centring = RowWhitening.centring(mean)
         return _shrinking(store, centring, config, bar, ranks) if config.ridge else centring
+
+
+def common_direction(store: RowStore, parts: Iterable[tuple[str, slice]]) -> dict[str, object]:
+    """What the removed mean row μ is to the rows x: the fine-tune's direction that all documents share.
+
+    parts: (tensor key, its slice of a row), as `Projection.slices` gives. `share` ‖μ‖² / mean ‖x‖²; `median_cosine` of a row
+    with it; `by_layer`, the share of ‖μ‖² in each layer, first to last.
+    Empty if no mean was removed.
+    """
+    mean = store.whitening.mean
+    if not mean.any():
+        return {}
+    unit, cosines, squares = torch.nn.functional.normalize(mean, dim=0), [], 0.0
+    for rows in store.stored():
+        norms = rows.norm(dim=1)
+        squares += float(norms.double().square().sum())
+        cosines.append((rows @ unit) / norms.clamp_min(torch.finfo(norms.dtype).tiny))
+    layers: dict[int, float] = {}
+    for key, part in parts:
+        number = re.search(r"\.(\d+)\.", key)
+        layer = int(number[1]) if number else 0
+        layers[layer] = layers.get(layer, 0.0) + float(unit[part].square().sum())
+    return {
+        "share": float(mean.double().square().sum()) * len(store) / squares,
+        "median_cosine": float(torch.cat(cosines).median()),
+        "by_layer": [round(share, 6) for _, share in sorted(layers.items())],
+    }
 
 
 def _shrinking(

@@ -76,6 +76,13 @@ def discover(
         bool | None,
         typer.Option("--signed-codes/--nonnegative-codes", help="Whether codes may be negative; default: no."),
     ] = None,
+    halves: Annotated[
+        bool,
+        typer.Option(
+            "--halves/--no-halves",
+            help="Whether to learn two dictionaries of half of the documents each, which say if an atom is found again.",
+        ),
+    ] = True,
     recipe: Annotated[
         str, typer.Option(help="default, or paper: the published pipeline's choices, for comparison.")
     ] = "default",
@@ -134,7 +141,7 @@ def discover(
     config = DiscoverConfig(
         model=model, data=data, out=out, adapter=adapter, revision=revision, work=work, name=name, version=version,
         device=device, dtype=dtype, seed=seed, limit=limit, max_length=max_length, batch_tokens=batch_tokens,
-        skip_bad_lines=skip_bad_lines, include_documents=not no_documents, force=force,
+        skip_bad_lines=skip_bad_lines, include_documents=not no_documents, halves=halves, force=force,
         finetune=FinetuneConfig(rank=rank, alpha=lora_alpha, epochs=epochs, learning_rate=learning_rate,
                                 target_modules=tuple(names(target_modules))),
         curvature=CurvatureConfig(factor_documents=factor_documents, eigenvalue_documents=eigenvalue_documents,

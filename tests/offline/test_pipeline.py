@@ -27,8 +27,10 @@ from offline import pipeline, rows
 from offline.calibrate import DriftMeter, make_batches
 from offline.config import DiscoverConfig
 from offline.corpus import EncodedDocument
-from offline.pipeline import discover
+from offline.dictionary import learn_dictionary
+from offline.pipeline import Run, discover
 from offline.progress import Progress
+from offline.select import split_halves, stability
 from offline.steering import PathMaker
 
 QUIET = Progress(quiet=True)
@@ -127,6 +129,32 @@ def test_changing_only_the_dictionary_reuses_the_rows(
     changed = discover(replace(config, dictionary=replace(config.dictionary, alpha=0.1)), QUIET)
     assert torch.equal(changed.projection_tensors["mean_row"], tiny_package.projection_tensors["mean_row"])
     assert changed.manifest.record["dictionary_objective"] != tiny_package.manifest.record["dictionary_objective"]
+
+
+def test_cards_say_whether_an_atom_is_found_again_in_halves_of_the_documents(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
+    """The card's cosine against dictionaries that are learned here from either half; without halves nothing else changes."""
+    shutil.copytree(tiny_package.path.with_name("package.work"), tmp_path / "package.work")
+    config = tiny_config(tmp_path / "package", halves=False)
+    run = Run(config, QUIET)
+    store = run.rows(run.projection(run.adapter()))
+    learned = run.dictionary(store)
+    assert learned.halves is None
+    gradients, as_many = store.whitening.gradients(learned.dictionary.atoms), len(learned.dictionary.atoms)
+    halves = split_halves(run.training, config.seed)
+    again = [
+        learn_dictionary(store, half, replace(config.dictionary, atoms=as_many), config.seed, QUIET) for half in halves
+    ]
+    cosines = torch.stack([stability(gradients, store.whitening.gradients(one.atoms)) for one in again]).amin(0)
+    index = tiny_package.projection_tensors["dictionary_index"]
+    found = [card.stability_halves for card in tiny_package.manifest.atoms]
+    assert found == pytest.approx(cosines[index].tolist(), abs=1e-4)
+    without = discover(config, Progress(quiet=True))
+    assert not any("half" in stage for stage in without.manifest.record["timings"])
+    for card, other in zip(without.manifest.atoms, tiny_package.manifest.atoms, strict=True):
+        assert card == other.model_copy(update={"stability_halves": None})
+    assert "stability_halves" not in without.path.joinpath("manifest.json").read_text(), "as older packages are written"
 
 
 def test_passes_for_gradients_take_half_of_the_tokens(

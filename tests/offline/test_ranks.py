@@ -89,6 +89,9 @@ def check_same_discovery(package: Package, one: Package) -> None:
     cosines = (learned["atoms"] @ learned_one["atoms"].T).abs()
     assert float(cosines.max(1).values.min()) > 0.999, "an atom of several ranks has no match among those of one"
     assert len(set(cosines.argmax(1).tolist())) == len(cosines)
+    halves, halves_one = (load_file(f / "dictionary/halves.safetensors")["cosines"] for f in files)
+    places = cosines.argmax(1)
+    assert torch.allclose(halves, halves_one[:, places], atol=0.01), "halves of the documents differ"
     assert len(package.manifest.atoms) == len(one.manifest.atoms)
 
 

@@ -55,9 +55,10 @@ def test_the_paper_recipe_runs_to_its_atoms(tiny_config: Callable[..., DiscoverC
     assert torch.allclose(
         store.rows(raw["document"].tolist()), torch.nn.functional.normalize(raw["row"], dim=1), atol=1e-6
     )
-    dictionary, _ = run.dictionary(store)
+    learned = run.dictionary(store)
+    dictionary = learned.dictionary
     assert torch.allclose(dictionary.atoms.norm(dim=1), torch.ones(len(dictionary.atoms)), atol=1e-5)
-    selection = run.select(store, (dictionary, dictionary.atoms))
+    selection = run.select(store, dataclasses.replace(learned, second=dictionary.atoms))
     assert any(code < 0 for candidate in selection.chosen for code in candidate.codes), "codes have no sign"
 
 

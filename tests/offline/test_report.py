@@ -85,7 +85,7 @@ def test_everything_about_every_atom_is_there(tiny_package: Package) -> None:
     for card in tiny_package.manifest.atoms:
         assert card.coherence.raw_null is not None
         mean, _ = card.coherence.raw_null
-        shown = (card.id, f"{card.coherence.raw:.3f}", f"random {mean:.3f}", f"{card.stability:.2f}", *card.keywords,
+        shown = (card.id, f"{card.coherence.raw:.3f}", f"random {mean:.3f}", f"{card.stability:.2f} across seeds, {card.stability_halves:.2f} in halves", *card.keywords,
                  f"{card.orientation.loss_unsteered:.3f} → {card.orientation.loss_at_plus_one:.3f}", "−1 … 1")  # fmt: skip
         assert [word for word in shown if word not in page.text] == []
         assert all(f"{kl:.4f} nats a token at {c:g}" in page.text for c, kl in card.kl_curve)
@@ -97,6 +97,9 @@ def test_everything_about_every_atom_is_there(tiny_package: Package) -> None:
         record["data_hash"],
         "learning rate",
         "gradients",
+        "second half",
+        f"{record['mean_row']['share']:.0%} of their mean squared length",
+        f"cosine of {record['mean_row']['median_cosine']:.2f} with it",
     )
     assert [fact for fact in facts if fact not in page.text] == []
 
@@ -239,12 +242,13 @@ def test_the_report_of_the_discovery_is_that_of_the_package(tiny_package: Packag
 def test_one_atom_alone_and_a_package_that_recorded_less(tiny_package: Package) -> None:
     card = tiny_package.manifest.atoms[0]
     bare = card.model_copy(update={"coherence": card.coherence.model_copy(update={"raw_null": None}), "stability": None,
-                                   "keywords": []})  # fmt: skip
+                                   "stability_halves": None, "keywords": []})  # fmt: skip
     tensors = {name: value for name, value in tiny_package.projection_tensors.items() if "per_" not in name}
     tensors["dictionary"], tensors["dictionary_index"] = tensors["dictionary"][:1], tensors["dictionary_index"][:1] * 0
     manifest = tiny_package.manifest.model_copy(update={"atoms": [bare], "record": {}})
     page = Page(render_report(manifest, [], tensors, tiny_package.drift[:1, :1]))
     assert page.tags["article"] == 1 and "does not record how many atoms" in page.text and "not measured" in page.text
+    assert "which was taken off before" not in page.text and "found in both halves" not in page.text
 
 
 def test_a_large_dictionary_makes_no_huge_page(tiny_package: Package) -> None:

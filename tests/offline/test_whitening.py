@@ -13,7 +13,7 @@ from atoms.storage import write_tensors
 from offline.config import WhiteningConfig
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
-from offline.whitening import fit_whitening
+from offline.whitening import common_direction, fit_whitening
 
 DIM = 40
 RIDGE = 0.05
@@ -95,3 +95,17 @@ def test_rows_are_refused_before_their_whitening_is_known(tmp_path: Path, rows: 
 def test_a_ridge_outside_its_limits_is_named() -> None:
     with pytest.raises(ConfigError, match=r"ridge is 1.5; it must be a share of the variance, 0 to 1"):
         WhiteningConfig(ridge=1.5)
+
+
+def test_the_common_direction_is_what_the_rows_share(tmp_path: Path, rows: Tensor) -> None:
+    parts = [("m.10.q.lora_A", slice(0, 10)), ("m.2.q.lora_A", slice(10, 20)), ("m.2.v.lora_B", slice(20, DIM))]
+    store = stored(tmp_path, rows)
+    found = common_direction(RowStore(tmp_path, fit_whitening(store, WhiteningConfig(), QUIET)), parts)
+    mean = rows.double().mean(0)
+    assert found["share"] == pytest.approx(float(mean.square().sum() / rows.double().square().sum(1).mean()), rel=1e-5)
+    cosines = torch.cosine_similarity(rows.double(), mean[None])
+    assert found["median_cosine"] == pytest.approx(float(cosines.median()), abs=1e-3)
+    tenth = float(mean[:10].square().sum() / mean.square().sum())
+    assert found["by_layer"] == pytest.approx([1 - tenth, tenth], abs=1e-5), "layers by number, not by name"
+    unfitted = fit_whitening(store, WhiteningConfig(centred=False, ridge=0.0), QUIET)
+    assert common_direction(RowStore(tmp_path, unfitted), parts) == {}
