@@ -130,6 +130,7 @@ class AtomCard(_Frozen):
     alias: str | None = None
     content_hash: str
     description: str
+    described_by: str | None = _unsaid(None, "model that wrote the description; null: made of counts and keywords")
     keywords: list[str]
     coherence: Coherence
     stability: float | None = Field(

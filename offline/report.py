@@ -198,6 +198,8 @@ def _card(card: AtomCard, drift: float, documents: Sequence[Mapping[str, Any]]) 
         "name": card.name,
         "title": _short(card, 3),
         "keywords": card.keywords,
+        "description": card.description if card.described_by else "",
+        "described_by": card.described_by,
         "documents": card.n_documents,
         "raw": coherence.raw,
         "raw_z": coherence.raw_z,

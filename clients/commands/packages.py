@@ -1,4 +1,4 @@
-"""What works on a package without generating: inspect, report, label, export, attribute."""
+"""What works on a package without generating: inspect, report, label, describe, export, attribute."""
 
 from __future__ import annotations
 
@@ -98,6 +98,29 @@ def label(
         raise typer.BadParameter("give ID and ALIAS, ID and --remove, or --from-detectors")
     write_report(opened.relabel(atom, alias))
     print(f"{opened.card(atom).id} is now {alias or 'without an alias'}")
+
+
+@app.command()
+def describe(
+    package: PackageArgument,
+    server: Annotated[str, typer.Option("--server", help="URL of an OpenAI-compatible server, which sees documents.")],
+    key: Annotated[str | None, typer.Option("--key", envvar="ATOMSTEER_API_KEY", help="Key of the server.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Name of the server's model; default: the first that it lists.")
+    ] = None,
+    documents: Annotated[
+        int, typer.Option(min=1, max=20, help="Documents shown of the atom, and as many of others.")
+    ] = 6,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens, thoughts included.")] = 512,
+    again: Annotated[bool, typer.Option("--again", help="Also atoms that this model has described already.")] = False,
+) -> None:
+    """Have a language model say in a sentence what each atom's documents have in common."""
+    from atoms.package import Package
+    from clients.describe import describe_atoms
+
+    described = describe_atoms(Package.read(package), server, key, model, documents, max_tokens, again=again)
+    for card in described.manifest.atoms:
+        print(f"{card.name}: {card.description}")
 
 
 @app.command()
