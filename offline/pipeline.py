@@ -69,6 +69,7 @@ from offline.whitening import common_direction, fit_whitening
 from offline.workspace import Workspace
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -131,6 +132,7 @@ class Run:
         self.training, self.held_out = split_held_out(
             len(self.corpus.documents), config.dictionary.held_out, config.seed
         )
+        self._peft_model: PeftModel | None = None
         self._report_corpus()
 
     @cached_property
@@ -397,17 +399,17 @@ class Run:
             write_json(folder / "losses.json", losses)
         return adapter
 
-    def _peft(self, adapter: Adapter):
+    def _peft(self, adapter: Adapter) -> PeftModel:
         """The frozen PEFT model; put on once and kept for the following stage."""
-        if not hasattr(self, "_peft_model"):
+        if self._peft_model is None:
             self._peft_model = frozen_lora(self.model, self.adapter_dir, adapter.space)
         return self._peft_model
 
     def _merged(self, adapter: Adapter) -> PreTrainedModel:
         """The model in float32 with θ0 merged into its weights, PEFT taken off. The last stage to use the model needs it."""
-        if hasattr(self, "_peft_model"):
+        if self._peft_model is not None:
             self._peft_model.unload()
-            del self._peft_model
+            self._peft_model = None
         if self.dtype != MEASURED_IN:
             del self._loaded  # before the next is loaded: one model in memory at a time
             self._loaded = self._load(MEASURED_IN)
