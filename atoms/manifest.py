@@ -6,6 +6,7 @@ Knows pydantic and no files. Aliases may change at any time and are outside ever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -123,6 +124,11 @@ class Effect(_Frozen):
         return decoding_name(self.temperature, self.top_p)
 
 
+def described(n_documents: int, keywords: Sequence[str]) -> str:
+    """The description of an atom that no model has described."""
+    return f"{n_documents} documents marked by: {', '.join(keywords) or 'no single word'}"
+
+
 class AtomCard(_Frozen):
     """One atom's identity and evidence."""
 
@@ -154,6 +160,12 @@ class AtomCard(_Frozen):
     def name(self) -> str:
         """Alias if there is one, else the id."""
         return self.alias or self.id
+
+    @property
+    def without_prose(self) -> AtomCard:
+        """The card with a description of counts and keywords: what a model wrote may quote documents."""
+        plain = {"description": described(self.n_documents, self.keywords), "described_by": None}
+        return self.model_copy(update=plain) if self.described_by else self
 
     @property
     def largest_effect(self) -> Effect | None:

@@ -210,8 +210,19 @@ class Package:
         target = self.card(atom)
         if alias is not None:
             _check_alias(alias, self._by_name.get(alias), target)
-        return self.update([card.model_copy(update={"alias": alias}) if card is target else card
-                            for card in self.manifest.atoms])  # fmt: skip
+        return self.edit(target.id, alias=alias)
+
+    def edit(self, atom: str, **fields: object) -> Package:
+        """Sets fields of one card in the manifest as it lies on disk by now, so that what others wrote meanwhile is kept, and
+        returns the package as it is now. Raises UnknownAtomError, PackageCorruptError, PackageError if it was replaced."""
+        current = _read_manifest(self.path)
+        if current.files != self.manifest.files:
+            raise PackageError(f"{self.path} was replaced by another version meanwhile; run the command again")
+        card = self.card(atom)
+        return Package(self.path, current).update(
+            [AtomCard.model_validate(entry.model_dump() | fields) if entry.id == card.id else entry
+             for entry in current.atoms]
+        )  # fmt: skip
 
     def update(self, cards: list[AtomCard]) -> Package:
         """Rewrites the manifest with new cards (labels, measured effects), atomically. Tensors are untouched."""

@@ -40,12 +40,12 @@ from offline.curvature import factors_from_tensors, kronecker_eigenvalues
 from offline.dictionary import default_atoms, encode, learn_dictionary
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
-from offline.select import candidates, coherence, select, split_halves, stability
+from offline.select import FOUND_AGAIN, candidates, coherence, select, split_halves, stability
 from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
 OTHERS = "others"
-COHERENT, DUPLICATE, MATCHED, TOP, FEWEST = 0.1, 0.8, 0.8, 20, 8
+COHERENT, DUPLICATE, TOP, FEWEST = 0.1, 0.8, 20, 8
 
 Grouping = Callable[[int, Sequence[int]], tuple[Tensor, Tensor]]
 """Called with a seed and document numbers (n): (directions (K, D) of unit length, weights (n, K) ≥ 0 of the documents)."""
@@ -251,7 +251,7 @@ def judge_group(group: Grouping, store: RowStore, tasks: Sequence[str], seed: in
 
 def in_both(directions: Tensor, halves: Sequence[Tensor]) -> Tensor:
     """Which of unit directions (n, D) have a match of their own in the dictionaries of both halves, (n,)."""
-    return torch.stack([stability(directions, half) > MATCHED for half in halves]).all(0)
+    return torch.stack([stability(directions, half) > FOUND_AGAIN for half in halves]).all(0)
 
 
 def purities(groups: Sequence[Sequence[int]], tasks: Sequence[str]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atoms.adapter import Adapter
-from atoms.manifest import AtomCard, BaseModelRef, Conventions, Manifest, Orientation, SteeringPath
+from atoms.manifest import AtomCard, BaseModelRef, Conventions, Manifest, Orientation, SteeringPath, described
 from atoms.package import EVIDENCE, REPORT, PackageContents, atom_id
 from atoms.projection import Projection, RowWhitening
 from offline.calibrate import Calibrated
@@ -105,7 +105,7 @@ def _card(atom: DiscoveredAtom, content_hash: str) -> AtomCard:
     return AtomCard(
         id=atom_id(content_hash),
         content_hash=content_hash,
-        description=f"{atom.candidate.n_documents} documents marked by: {', '.join(atom.keywords) or 'no single word'}",
+        description=described(atom.candidate.n_documents, atom.keywords),
         keywords=atom.keywords,
         coherence=atom.candidate.coherence,
         stability=atom.stability,

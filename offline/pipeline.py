@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,7 +99,8 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
 @dataclass(frozen=True)
 class Learned:
     """The dictionary, and what says whether its atoms are found again: the atoms of a second seed, and the |cosine| of each
-    atom's gradient with its match in a dictionary of either random half of the documents, (2, K); None: not asked for."""
+    atom's gradient with its match in a dictionary of either random half of the documents, (2, K); None: not asked for, or fewer
+    documents in a half than atoms."""
 
     dictionary: Dictionary
     second: Tensor
@@ -235,22 +237,28 @@ class Run:
             self._write(file, {"atoms": first.atoms, "second": second.atoms,
                                "objectives": torch.tensor(first.objectives, dtype=torch.float64),
                                "gap": torch.tensor(first.duality_gap, dtype=torch.float64)})  # fmt: skip
+        halves = self._in_halves(store, file, folder / "halves.safetensors") if config.halves else None
         stored = load_file(file)
         dictionary = Dictionary(stored["atoms"], tuple(stored["objectives"].tolist()), float(stored["gap"]))
-        halves = self._in_halves(store, dictionary, folder / "halves.safetensors") if config.halves else None
         return Learned(dictionary, stored["second"], halves)
 
-    def _in_halves(self, store: RowStore, dictionary: Dictionary, file: Path) -> Tensor:
-        """`Learned.halves`, kept in `file`: as many atoms are learned from each half."""
-        config, gradients = self.config, store.whitening.gradients(dictionary.atoms)
-        if self._missing(file):
-            as_many, cosines = dataclasses.replace(config.dictionary, atoms=len(dictionary.atoms)), []
+    def _in_halves(self, store: RowStore, file: Path, kept_in: Path) -> Tensor | None:
+        """`Learned.halves` of the dictionary in `file`, as many atoms of each half; None if a half has too few documents."""
+        config = self.config
+        with safe_open(file, framework="pt") as dictionary:
+            count = dictionary.get_slice("atoms").get_shape()[0]
+        if len(self.training) // 2 < count:
+            return None
+        if self._missing(kept_in):
+            as_many, cosines = dataclasses.replace(config.dictionary, atoms=count), []
             halves = split_halves(self.training, config.seed)
             for name, half in zip(("first half", "second half"), halves, strict=True):
                 learned = learn_dictionary(store, half, as_many, config.seed, self.progress, name, self.ranks)
-                cosines.append(stability(gradients, store.whitening.gradients(learned.atoms)))
-            self._write(file, {"cosines": torch.stack(cosines)})
-        return load_file(file)["cosines"]
+                if self.ranks.first:
+                    pair = (load_file(file)["atoms"], learned.atoms)
+                    cosines.append(stability(*map(store.whitening.gradients, pair)))
+            self._write(kept_in, {"cosines": torch.stack(cosines)} if cosines else {})
+        return load_file(kept_in)["cosines"]
 
     def select(self, store: RowStore, learned: Learned) -> Selection:
         """The atoms that have support, hold together beyond chance, come again with another seed, and are new."""

@@ -245,11 +245,11 @@ class _Probe:
         passes = min(config.iterations, DICTIONARY_PASSES)
         planned, made = (passes, 2) if config.learner == "blocks" else (1, 1)  # scikit-learn stops by itself
         learned = {"dictionary": rows, "second seed": rows}
-        if self.config.halves:
+        if self.config.halves and rows // 2 >= atoms:
             learned |= {"first half": rows // 2, "second half": rows - rows // 2}
 
         def learning(name: str, rows: int) -> StagePlan:
-            share = _work_a_row(min(atoms, rows), max(rows, 1)) / _work_a_row(probed, count)
+            share = _work_a_row(atoms, rows) / _work_a_row(probed, count)
             return StagePlan(name, "rows", planned * rows, made * count, share * self.costs.costs["dictionary"].seconds)
 
         whole = StagePlan("whitening", "rows", len(self.encoded.documents), count, whitening)

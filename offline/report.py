@@ -26,6 +26,7 @@ from atoms.storage import write_bytes
 from offline.evaluation.statistics import wilson_interval
 from offline.layout import plane
 from offline.plots import Figure, Scale, element, histogram
+from offline.select import FOUND_AGAIN
 
 _EXEMPLARS, _MORE = 3, 7
 _MAP_ATOMS = 400
@@ -35,8 +36,6 @@ _MAP_WIDTH, _HALF_LETTER = 860, 3.9
 _MOST_BARS, _MOST_PAIRED = 600, 48
 """Bars of one figure, and atoms of the figure of pairs: more could not be told apart, and would make the page large."""
 _SERIES = 3
-_FOUND = 0.8
-"""An atom counts as found in both halves of the documents above this cosine."""
 _NAMED_EFFECT = 0.1
 """Besides the atom's own detector, the plot shows detectors whose rate changes by at least this much."""
 
@@ -64,7 +63,10 @@ def render_report(
         manifest=manifest,
         tiles=_tiles(manifest),
         map=_map(manifest.atoms, projection),
-        cards=[_card(card, float(drift[row, row]), behind.get(card.id, [])) for row, card in enumerate(manifest.atoms)],
+        cards=[
+            _card(card if behind else card.without_prose, float(drift[row, row]), behind.get(card.id, []))
+            for row, card in enumerate(manifest.atoms)
+        ],
         spectrum=_spectrum(projection),
         common=_common(manifest.record.get("mean_row") or {}),
         sparsity=_sparsity(projection),
@@ -93,8 +95,8 @@ def _tiles(manifest: Manifest) -> list[dict[str, str]]:
         {"name": "documents", "value": _count(record.get("documents")), "note": f"{_count(record.get('tokens'))} tokens"},
         {"name": "median coherence", "value": f"{statistics.median(c.coherence.raw for c in cards):.2f}", "note": "raw"},
         {"name": "median stability", "value": f"{statistics.median(stable):.2f}" if stable else "–", "note": "across seeds"},
-        *([{"name": "found in both halves", "value": f"{sum(c > _FOUND for c in halves) / len(halves):.0%}",
-            "note": f"cosine above {_FOUND:g}"}] if halves else []),
+        *([{"name": "found in both halves", "value": f"{sum(c > FOUND_AGAIN for c in halves) / len(halves):.0%}",
+            "note": f"cosine above {FOUND_AGAIN:g}"}] if halves else []),
     ]  # fmt: skip
 
 
@@ -353,15 +355,16 @@ def _common(mean_row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The direction that all documents share, a bar a layer; None if none was taken off, or the package does not record it."""
     if not mean_row:
         return None
-    shares = mean_row["by_layer"]
-    figure = Figure(420, 200, f"Common direction by layer, of {len(shares)}")
-    x, y = Scale(-0.5, len(shares) - 0.5, 46, 414), Scale(0, max(shares), 162, 22)
-    figure.axes(x, y, x_ticks=range(0, len(shares), max(1, -(-len(shares) // 10))), x_label="layer", percent=True,
-                y_label="share of its squared length")  # fmt: skip
-    width = 0.8 * (x(1) - x(0))
-    for layer, share in enumerate(shares):
-        figure.add("rect", element("title", f"layer {layer}: {share:.1%}"), x=f"{x(layer) - width / 2:.1f}",
+    layers = mean_row["by_layer"]
+    figure = Figure(420, 200, f"Common direction by layer, of {len(layers)}")
+    x, y = Scale(-0.5, len(layers) - 0.5, 46, 414), Scale(0, max(share for _, share in layers), 162, 22)
+    figure.axes(x, y, x_ticks=[], x_label="layer", percent=True, y_label="share of its squared length")
+    width, stride = 0.8 * (x(1) - x(0)), -(-len(layers) // 10)
+    for place, (layer, share) in enumerate(layers):
+        figure.add("rect", element("title", f"layer {layer}: {share:.1%}"), x=f"{x(place) - width / 2:.1f}",
                    y=f"{y(share):.1f}", width=f"{width:.1f}", height=f"{y(0) - y(share):.1f}", class_="bar")  # fmt: skip
+        if place % stride == 0:
+            figure.text(x(place), y.start + 13, layer, "middle")
     return {"svg": figure.render(), "share": mean_row["share"], "cosine": mean_row["median_cosine"]}
 
 

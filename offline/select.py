@@ -23,6 +23,8 @@ from offline.corpus import Document
 from offline.dictionary import Codes
 from offline.rows import RowStore
 
+FOUND_AGAIN = 0.8
+"""|cosine| above which an atom counts as found again in another dictionary."""
 _NULL_SETS = 64
 _LEAST_DOCUMENTS = 6
 _POOL_BLOCK = 128

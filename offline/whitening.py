@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from atoms.projection import RowWhitening
+from atoms.space import natural_key
 from offline.config import WhiteningConfig
 from offline.progress import Progress, Task
 from offline.ranks import ALONE, Ranks
@@ -49,7 +50,7 @@ def common_direction(store: RowStore, parts: Iterable[tuple[str, slice]]) -> dic
     """What the removed mean row μ is to the rows x: the fine-tune's direction that all documents share.
 
     parts: (tensor key, its slice of a row), as `Projection.slices` gives. `share` ‖μ‖² / mean ‖x‖²; `median_cosine` of a row
-    with it; `by_layer`, the share of ‖μ‖² in each layer, first to last.
+    with it; `by_layer`, [the layer's number, its share of ‖μ‖²], "none" for what is in no layer.
     Empty if no mean was removed.
     """
     mean = store.whitening.mean
@@ -60,15 +61,15 @@ def common_direction(store: RowStore, parts: Iterable[tuple[str, slice]]) -> dic
         norms = rows.norm(dim=1)
         squares += float(norms.double().square().sum())
         cosines.append((rows @ unit) / norms.clamp_min(torch.finfo(norms.dtype).tiny))
-    layers: dict[int, float] = {}
+    layers: dict[str, float] = {}
     for key, part in parts:
         number = re.search(r"\.(\d+)\.", key)
-        layer = int(number[1]) if number else 0
+        layer = number[1] if number else "none"
         layers[layer] = layers.get(layer, 0.0) + float(unit[part].square().sum())
     return {
         "share": float(mean.double().square().sum()) * len(store) / squares,
         "median_cosine": float(torch.cat(cosines).median()),
-        "by_layer": [round(share, 6) for _, share in sorted(layers.items())],
+        "by_layer": [[layer, round(layers[layer], 6)] for layer in sorted(layers, key=natural_key)],
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -103,24 +104,38 @@ def label(
 @app.command()
 def describe(
     package: PackageArgument,
-    server: Annotated[str, typer.Option("--server", help="URL of an OpenAI-compatible server, which sees documents.")],
-    key: Annotated[str | None, typer.Option("--key", envvar="ATOMSTEER_API_KEY", help="Key of the server.")] = None,
+    server: Annotated[
+        str, typer.Option("--server", help="URL of an OpenAI-compatible API, which sees training documents.")
+    ],
+    key: Annotated[
+        str | None, typer.Option("--key", envvar="ATOMSTEER_DESCRIBE_KEY", help="Key of that server.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Name of the server's model; default: the first that it lists.")
+        str | None, typer.Option("--model", help="Name of the server's model; default: the only one that it lists.")
     ] = None,
     documents: Annotated[
         int, typer.Option(min=1, max=20, help="Documents shown of the atom, and as many of others.")
     ] = 6,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens, thoughts included.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=2, help="Of the answers; default: the server's own.")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Also atoms that this model has described already.")] = False,
 ) -> None:
-    """Have a language model say in a sentence what each atom's documents have in common."""
+    """Have a language model say in a sentence what each atom's documents have in common. Status 1 if an atom got none."""
     from atoms.package import Package
-    from clients.describe import describe_atoms
+    from clients.describe import Asking, describe_atoms
 
-    described = describe_atoms(Package.read(package), server, key, model, documents, max_tokens, again=again)
-    for card in described.manifest.atoms:
+    asking = Asking(model, documents, max_tokens, temperature)
+    described = describe_atoms(Package.read(package), server, key, asking, again=again)
+    for card in map(described.package.card, described.done):
         print(f"{card.name}: {card.description}")
+    kept = f"; {described.before} were before (--again asks about them anew)" if described.before else ""
+    print(f"{package}: {len(described.done)} atoms described by {described.model}{kept}")
+    for name, reason in described.failed.items():
+        print(f"{name}: {reason}", file=sys.stderr)
+    if described.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -19,14 +19,19 @@ def atoms_router(package: Package, *, allow_training_text: bool) -> APIRouter:
     """Reads `package` only."""
     router = APIRouter()
 
+    def sent(card: AtomCard) -> dict[str, Any]:
+        """All of the manifest's entry, and the display name."""
+        shown = card if allow_training_text else card.without_prose
+        return {"object": "atom", "name": card.name, **shown.model_dump(mode="json")}
+
     @router.get("/v1/atoms", response_model=None)
     async def list_atoms() -> Response:
-        cards = [card_json(card) for card in package.manifest.atoms]
+        cards = [sent(card) for card in package.manifest.atoms]
         return JSONResponse({"object": "list", "package": _identity(package), "data": cards})
 
     @router.get("/v1/atoms/{atom}", response_model=None)
     async def show_atom(atom: str) -> Response:
-        return JSONResponse(card_json(_card(package, atom)))
+        return JSONResponse(sent(_card(package, atom)))
 
     @router.get("/v1/atoms/{atom}/documents", response_model=None)
     def show_documents(atom: str, request: Request) -> Response:  # reads a file: runs on a worker thread
@@ -53,11 +58,6 @@ def _evidence(package: Package) -> list[dict[str, Any]]:
             f"the documents of version {package.manifest.version} of package {package.manifest.name!r} are no longer at its "
             "path; reload the server to serve what lies there now"
         ) from error
-
-
-def card_json(card: AtomCard) -> dict[str, Any]:
-    """A card as it is sent: all of the manifest's entry, and its display name."""
-    return {"object": "atom", "name": card.name, **card.model_dump(mode="json")}
 
 
 def _card(package: Package, name: str) -> AtomCard:

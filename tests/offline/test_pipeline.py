@@ -157,6 +157,16 @@ def test_cards_say_whether_an_atom_is_found_again_in_halves_of_the_documents(
     assert "stability_halves" not in without.path.joinpath("manifest.json").read_text(), "as older packages are written"
 
 
+def test_fewer_documents_in_a_half_than_atoms_say_nothing_about_them(
+    tiny_package: Package, tiny_config: Callable[..., DiscoverConfig], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_package.path.with_name("package.work"), tmp_path / "package.work")
+    config = tiny_config(tmp_path / "package")
+    documents = int(tiny_package.projection_tensors["codes_per_document"].sum())
+    run = Run(replace(config, dictionary=replace(config.dictionary, atoms=documents // 2 + 1)), QUIET)
+    assert run.dictionary(run.rows(run.projection(run.adapter()))).halves is None
+
+
 def test_passes_for_gradients_take_half_of_the_tokens(
     tiny_config: Callable[..., DiscoverConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from atoms.errors import DataError
 from atoms.package import Package
 from clients.cli import main
-from offline.config import RECIPES, DiscoverConfig, FinetuneConfig, recipe_settings
+from offline.config import RECIPES, DictionaryConfig, DiscoverConfig, FinetuneConfig, recipe_settings
 from offline.corpus import EncodedDocument
 from offline.pipeline import discover
 from offline.plan import Plan, StagePlan, describe, make_plan, padded_tokens, probe_documents
@@ -64,6 +64,15 @@ def test_every_timed_stage_of_a_run_is_planned_in_order(
     assert [name for name in names if name in timed] == timed
     assert set(names) - set(timed) == {"eigenvectors", "continuations"}
     assert all(stage.seconds > 0 for stage in planned[0].stages)
+
+
+@pytest.mark.parametrize("change", [{"halves": False}, {"dictionary": DictionaryConfig(atoms=30)}])
+def test_halves_that_a_run_does_not_learn_are_not_planned(
+    planned: tuple[Plan, DiscoverConfig], change: dict[str, object]
+) -> None:
+    """Asked to leave them out; more atoms than documents in a half."""
+    names = [stage.name for stage in make_plan(dataclasses.replace(planned[1], **change), QUIET).stages]
+    assert "second seed" in names and not any("half" in name for name in names)
 
 
 def test_nothing_is_left_behind(

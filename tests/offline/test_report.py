@@ -100,6 +100,7 @@ def test_everything_about_every_atom_is_there(tiny_package: Package) -> None:
         "second half",
         f"{record['mean_row']['share']:.0%} of their mean squared length",
         f"cosine of {record['mean_row']['median_cosine']:.2f} with it",
+        *(f"layer {layer}: {share:.1%}" for layer, share in record["mean_row"]["by_layer"]),
     )
     assert [fact for fact in facts if fact not in page.text] == []
 
@@ -269,3 +270,19 @@ def test_a_large_dictionary_makes_no_huge_page(tiny_package: Package) -> None:
     assert page.text.count("not kept: ") == 400 - kept and "2600 smaller ones are left out" in page.text
     assert f"The {kept - 48} less coherent atoms are left out" in page.text
     assert page.text.count(" with ") >= 48 * 48
+
+
+def test_the_tile_counts_atoms_that_are_found_in_both_halves(tiny_package: Package) -> None:
+    first, *others = tiny_package.manifest.atoms
+    cards = [first.model_copy(update={"stability_halves": 0.81}),
+             *(card.model_copy(update={"stability_halves": 0.79}) for card in others)]  # fmt: skip
+    assert re.search(rf"found in both halves\s*{1 / len(cards):.0%}", Page(render(tiny_package, cards)).text)
+
+
+def test_what_a_model_wrote_is_shown_with_its_name_but_not_on_a_page_without_documents(tiny_package: Package) -> None:
+    first, *others = tiny_package.manifest.atoms
+    said = first.model_copy(update={"description": "<b>Lists</b>", "described_by": "<i>model"})
+    html = render(tiny_package, [said, *others])
+    assert "<b>Lists" not in html and "<i>model" not in html
+    assert "<b>Lists</b> said by <i>model, which was shown documents" in Page(html).text
+    assert "Lists" not in render(tiny_package, [said, *others], evidence=[])

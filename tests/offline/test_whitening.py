@@ -98,14 +98,17 @@ def test_a_ridge_outside_its_limits_is_named() -> None:
 
 
 def test_the_common_direction_is_what_the_rows_share(tmp_path: Path, rows: Tensor) -> None:
-    parts = [("m.10.q.lora_A", slice(0, 10)), ("m.2.q.lora_A", slice(10, 20)), ("m.2.v.lora_B", slice(20, DIM))]
+    parts = [("m.10.q.lora_A", slice(0, 10)), ("m.2.q.lora_A", slice(10, 20)), ("m.2.v.lora_B", slice(20, 30)),
+             ("head.lora_A", slice(30, DIM))]  # fmt: skip
     store = stored(tmp_path, rows)
     found = common_direction(RowStore(tmp_path, fit_whitening(store, WhiteningConfig(), QUIET)), parts)
     mean = rows.double().mean(0)
     assert found["share"] == pytest.approx(float(mean.square().sum() / rows.double().square().sum(1).mean()), rel=1e-5)
     cosines = torch.cosine_similarity(rows.double(), mean[None])
     assert found["median_cosine"] == pytest.approx(float(cosines.median()), abs=1e-3)
-    tenth = float(mean[:10].square().sum() / mean.square().sum())
-    assert found["by_layer"] == pytest.approx([1 - tenth, tenth], abs=1e-5), "layers by number, not by name"
+    shares = mean.square() / mean.square().sum()
+    assert [layer for layer, _ in found["by_layer"]] == ["2", "10", "none"], "layers by number, not by name"
+    expected = [float(shares[part].sum()) for part in (slice(10, 30), slice(0, 10), slice(30, DIM))]
+    assert [share for _, share in found["by_layer"]] == pytest.approx(expected, abs=1e-5)
     unfitted = fit_whitening(store, WhiteningConfig(centred=False, ridge=0.0), QUIET)
     assert common_direction(RowStore(tmp_path, unfitted), parts) == {}

@@ -7,12 +7,14 @@ from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
-from httpx import AsyncClient
+from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient
 
 from atoms.package import Package
 from server.config import ServeConfig
 from server.embedded.scripted import ScriptedEngine
 from server.limits import Limits
+from server.routes.atoms import atoms_router
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -54,6 +56,20 @@ async def test_atoms(client: AsyncClient, ids: list[str]) -> None:
     missing = await client.get("/v1/atoms/lits")
     assert (missing.status_code, missing.json()["error"]["param"]) == (404, "atom")
     assert "list" in missing.json()["error"]["message"], "near misses are named"
+
+
+async def test_what_a_model_wrote_of_documents_is_not_sent_where_training_text_is_not(
+    package: Package,
+) -> None:
+    first, *others = package.manifest.atoms
+    said = first.model_copy(update={"description": "They quote a secret.", "described_by": "large"})
+    described = Package(package.path, package.manifest.model_copy(update={"atoms": [said, *others]}))
+    for allowed in (True, False):
+        app = FastAPI()
+        app.include_router(atoms_router(described, allow_training_text=allowed))
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://test") as client:
+            answers = [(await client.get(path)).text for path in ("/v1/atoms", f"/v1/atoms/{said.id}")]
+        assert all(("secret" in answer) == ("large" in answer) == allowed for answer in answers)
 
 
 async def test_documents_are_for_admins(

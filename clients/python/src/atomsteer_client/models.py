@@ -18,7 +18,10 @@ class Atom(BaseModel):
     name: str
     alias: str | None = None
     description: str
+    described_by: str | None = None
     keywords: list[str]
+    stability: float | None = None
+    stability_halves: float | None = None
     n_documents: int
     tested_range: list[float]
     sound_range: list[float] | None = None
