@@ -79,7 +79,7 @@ def describe_atoms(
     """Writes a description by a model of `server` into every card, each as it comes. Atoms that this model has described
     already are left alone unless `again`.
 
-    Raises DataError for a package without documents, ConfigError for a server of several models and none named,
+    Raises DataError for a package without documents, ConfigError for no URL or for a server of several models and none named,
     DescribingError, and PackageError if the package is replaced meanwhile.
     """
     evidence = {line["atom"]: _of_one_sign(line["documents"]) for line in package.evidence()}
@@ -124,7 +124,9 @@ def _report(package: Package, done: Sequence[str]) -> None:
 
 
 def _base(server: str) -> str:
-    """The address of the API: /v1 of a server that is given without a path."""
+    """The address of the API: /v1 of a server that is given without a path. Raises ConfigError for none of HTTP."""
+    if urlsplit(server).scheme not in ("http", "https"):
+        raise ConfigError(f"--server is {server!r}; it must begin with http:// or https://")
     return server if urlsplit(server).path.strip("/") else f"{server.rstrip('/')}/v1"
 
 

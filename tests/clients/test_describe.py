@@ -226,6 +226,12 @@ def test_an_answer_is_text_and_nothing_else(package: Package) -> None:
         assert describe(package, url, again=True).package.manifest.atoms[0].description == "They are lists."
 
 
+@pytest.mark.parametrize("server", ["localhost:8000", "ftp://host", ""])
+def test_what_is_no_url_is_refused(package: Package, server: str) -> None:
+    with pytest.raises(ConfigError, match="must begin with http"):
+        describe(package, server)
+
+
 def test_a_package_without_documents_is_refused(package: Package) -> None:
     files = {name: value for name, value in package.manifest.files.items() if name != "evidence.jsonl"}
     (package.path / "evidence.jsonl").unlink()
