@@ -7,7 +7,7 @@ turn, so no topic occurs in both splits of a cell. *Neutral* prompts leave room 
 *inviting* ones ask for it or call for it. Nothing here occurs in the demo's documents and prompts or among the neutral
 prompts of the calibration (tests/offline/evaluation/test_prompts.py).
 
-evaluation_prompts_2.jsonl and _3 have the same development prompts and other held-out ones, of other topics: each for one
+evaluation_prompts_2.jsonl to _4 have the same development prompts and other held-out ones, of other topics: each for one
 report on what was improved while looking at the ones before.
 """
 
@@ -23,7 +23,7 @@ DEV, HELDOUT = 24, 104
 
 CONTINENTS = ("Europe", "Asia", "Africa", "South America")
 HERE = Path(__file__).parent
-FILES = {f"evaluation_prompts{end}.jsonl": f"evaluation_topics{end}" for end in ("", "_2", "_3")}
+FILES = {f"evaluation_prompts{end}.jsonl": f"evaluation_topics{end}" for end in ("", "_2", "_3", "_4")}
 """File of prompts -> the topics of its held-out ones. The development prompts of all are of the first's."""
 
 Group = tuple[Sequence[str], str]

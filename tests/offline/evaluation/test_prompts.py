@@ -16,11 +16,12 @@ from atoms.errors import DataError
 from atoms.storage import sha256_file
 from offline.evaluation.prompts import choose_prompts, demo_data, read_neutral_prompts, read_prompts
 
-FILES = tuple(demo_data(f"evaluation_prompts{end}") for end in ("", "_2", "_3"))
+FILES = tuple(demo_data(f"evaluation_prompts{end}") for end in ("", "_2", "_3", "_4"))
 FROZEN = {
     "evaluation_prompts": "02b2b35106998b5dfef9d5f4ba91781996a86ec4bc08ad4efbbb7a3195525e09",
     "evaluation_prompts_2": "e20105b25e567931975b5c0811810040de75e66e9e97de9e667c1ff03fe7f0ef",
     "evaluation_prompts_3": "5f54aec8bb2091c6f1b2703b94730c05405f53ce9ae6c49cff8b54e8a4f2adc0",
+    "evaluation_prompts_4": "8423f3ee5d945be70a61a260c5108eaf0293ec62fdcf8ab86d639c75b5727c0f",
 }
 BEHAVIOURS = ("bulleted-list", "numbered-list", "fenced-code", "missing-input", "yes-no")
 
