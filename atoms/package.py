@@ -207,22 +207,25 @@ class Package:
 
         Raises UnknownAtomError, PackageError if the alias is another atom's name or could be taken for a mix.
         """
-        target = self.card(atom)
+        now = self._as_it_lies()
+        target = now.card(self.card(atom).id)
         if alias is not None:
-            _check_alias(alias, self._by_name.get(alias), target)
-        return self.edit(target.id, alias=alias)
+            _check_alias(alias, now._by_name.get(alias), target)
+        return now.edit(target.id, alias=alias)
 
     def edit(self, atom: str, **fields: object) -> Package:
         """Sets fields of one card in the manifest as it lies on disk by now, so that what others wrote meanwhile is kept, and
         returns the package as it is now. Raises UnknownAtomError, PackageCorruptError, PackageError if it was replaced."""
+        target, now = self.card(atom).id, self._as_it_lies()
+        return now.update([AtomCard.model_validate(card.model_dump() | fields) if card.id == target else card
+                           for card in now.manifest.atoms])  # fmt: skip
+
+    def _as_it_lies(self) -> Package:
+        """The package with the manifest that is on disk by now. Raises PackageCorruptError, PackageError if it was replaced."""
         current = _read_manifest(self.path)
         if current.files != self.manifest.files:
             raise PackageError(f"{self.path} was replaced by another version meanwhile; run the command again")
-        card = self.card(atom)
-        return Package(self.path, current).update(
-            [AtomCard.model_validate(entry.model_dump() | fields) if entry.id == card.id else entry
-             for entry in current.atoms]
-        )  # fmt: skip
+        return Package(self.path, current)
 
     def update(self, cards: list[AtomCard]) -> Package:
         """Rewrites the manifest with new cards (labels, measured effects), atomically. Tensors are untouched."""

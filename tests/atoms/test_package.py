@@ -88,6 +88,13 @@ def test_greedy_effects_are_written_as_older_packages_wrote_them(package: Packag
     assert Package.read(package.path).manifest.atoms[0].effects == [greedy, sampled, full]
 
 
+def test_an_alias_that_another_atom_was_given_meanwhile_is_refused(package: Package) -> None:
+    first, second, *_ = package.manifest.atoms
+    Package.read(package.path).relabel(second.id, "terse")
+    with pytest.raises(PackageError, match="is already the name"):
+        package.relabel(first.id, "terse")
+
+
 def test_the_largest_effect_is_one_on_neutral_prompts(tiny_package: Package) -> None:
     small = Effect(detector="yes-no", coefficient=2.0, n=20, rate_unsteered=0.0, rate=0.3, prompts="neutral")
     lost = Effect(detector="yes-no", coefficient=-2.0, n=20, rate_unsteered=0.9, rate=0.0, prompts="inviting")
