@@ -64,7 +64,17 @@ from offline.passes import quicken
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
-from offline.select import Candidate, Sparsity, candidates, keywords, least_support, select, split_halves, stability
+from offline.select import (
+    Candidate,
+    Sparsity,
+    can_halve,
+    candidates,
+    keywords,
+    least_support,
+    select,
+    split_halves,
+    stability,
+)
 from offline.steering import PathMaker
 from offline.whitening import common_direction, fit_whitening
 from offline.workspace import Workspace
@@ -247,7 +257,7 @@ class Run:
         config = self.config
         with safe_open(file, framework="pt") as dictionary:
             count = dictionary.get_slice("atoms").get_shape()[0]
-        if len(self.training) // 2 < count:
+        if not can_halve(len(self.training), count):
             return None
         if self._missing(kept_in):
             as_many, cosines = dataclasses.replace(config.dictionary, atoms=count), []

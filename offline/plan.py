@@ -51,6 +51,7 @@ from offline.memory import bound_kernel_caches, return_freed_memory
 from offline.pipeline import Run
 from offline.progress import Progress
 from offline.rows import SHARD_DOCUMENTS, RowSink, RowStore, shard_path
+from offline.select import can_halve
 from offline.steering import prepared
 from offline.whitening import fit_whitening
 
@@ -245,7 +246,7 @@ class _Probe:
         passes = min(config.iterations, DICTIONARY_PASSES)
         planned, made = (passes, 2) if config.learner == "blocks" else (1, 1)  # scikit-learn stops by itself
         learned = {"dictionary": rows, "second seed": rows}
-        if self.config.halves and rows // 2 >= atoms:
+        if self.config.halves and can_halve(rows, atoms):
             learned |= {"first half": rows // 2, "second half": rows - rows // 2}
 
         def learning(name: str, rows: int) -> StagePlan:

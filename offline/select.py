@@ -127,6 +127,11 @@ def stability(atoms: Tensor, others: Tensor) -> Tensor:
     return result
 
 
+def can_halve(documents: int, atoms: int) -> bool:
+    """Whether either half of so many documents has as many documents as there are atoms to learn from it."""
+    return documents // 2 >= atoms
+
+
 def split_halves(documents: Sequence[int], seed: int) -> tuple[list[int], list[int]]:
     """Two random halves of `documents`, each sorted; of an odd number the second is the larger."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
