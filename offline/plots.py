@@ -69,6 +69,12 @@ class Figure:
         joined = " ".join(f"{_px(x)},{_px(y)}" for x, y in points)
         self.add("polyline", points=joined, class_=class_, **({"style": style} if style else {}))
 
+    def bar(self, left: float, width: float, y: Scale, value: float, told: str, class_: str = "bar") -> None:
+        """A bar from 0 to `value`, which tells `told` when it is pointed at. `left`, `width` in pixels, of which there may be
+        hundreds in a figure."""
+        self.add("rect", element("title", told), x=f"{left:.2f}", y=_px(y(value)), width=f"{width:.2f}",
+                 height=_px(y(0) - y(value)), class_=class_)  # fmt: skip
+
     def axes(
         self, x: Scale, y: Scale, *, x_ticks: Sequence[float] | None = None, x_label: str = "", y_label: str = "",
         percent: bool = False, y_count: int = 3,
@@ -106,9 +112,7 @@ def histogram(counts: Sequence[int], label: str, x_label: str, y_label: str) -> 
     figure.axes(x, y, x_ticks=range(0, len(counts), stride), x_label=x_label, y_label=y_label)
     width = (x(1) - x(0)) * 0.8
     for value, count in enumerate(counts):
-        bar = element("title", f"{value}: {count}")
-        figure.add("rect", bar, x=_px(x(value) - width / 2), y=_px(y(count)), width=_px(width), height=_px(y(0) - y(count)),
-                   class_="bar")  # fmt: skip
+        figure.bar(x(value) - width / 2, width, y, count, f"{value}: {count}")
     return figure.render()
 
 

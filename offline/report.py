@@ -361,8 +361,7 @@ def _common(mean_row: Mapping[str, Any]) -> dict[str, Any] | None:
     figure.axes(x, y, x_ticks=[], x_label="layer", percent=True, y_label="share of its squared length")
     width, stride = 0.8 * (x(1) - x(0)), -(-len(layers) // 10)
     for place, (layer, share) in enumerate(layers):
-        figure.add("rect", element("title", f"layer {layer}: {share:.1%}"), x=f"{x(place) - width / 2:.1f}",
-                   y=f"{y(share):.1f}", width=f"{width:.1f}", height=f"{y(0) - y(share):.1f}", class_="bar")  # fmt: skip
+        figure.bar(x(place) - width / 2, width, y, share, f"layer {layer}: {share:.1%}")
         if place % stride == 0:
             figure.text(x(place), y.start + 13, layer, "middle")
     return {"svg": figure.render(), "share": mean_row["share"], "cosine": mean_row["median_cosine"]}
@@ -393,9 +392,8 @@ def _support(support: Sequence[int], kept: set[int]) -> Markup:
     width = x(1) - x(0)
     stride = -(-len(order) // _MOST_BARS)  # of a large dictionary every so many-th atom, in its place
     for place, j in list(enumerate(order))[::stride]:
-        figure.add("rect", element("title", f"atom {j}: {support[j]} documents"), x=f"{x(place):.2f}", y=f"{y(support[j]):.1f}",
-                   width=f"{0.85 * stride * width:.2f}", height=f"{y(0) - y(support[j]):.1f}",
-                   class_="bar" if j in kept else "bar rest")  # fmt: skip
+        told, class_ = f"atom {j}: {support[j]} documents", "bar" if j in kept else "bar rest"
+        figure.bar(x(place), 0.85 * stride * width, y, support[j], told, class_)
     return figure.render()
 
 
