@@ -146,7 +146,6 @@ def _only_model(client: OpenAI) -> str:
 
 def _ask(client: OpenAI, model: str, asking: Asking, question: str) -> str:
     """Raises NoDescriptionError, DescribingError."""
-
     from openai import omit
 
     def answered() -> tuple[object, str | None]:
