@@ -279,13 +279,13 @@ async def test_many_mixes_at_once_answer_as_each_alone(host: Any) -> None:
 
 
 async def test_a_client_that_leaves_harms_nobody(host: Any) -> None:
+    fields = {"model": host.name, "messages": MESSAGES, "temperature": 0}
     async with AsyncOpenAI(base_url=f"{host.url}/v1", api_key=host.key, max_retries=0, timeout=300) as client:
+        before = await client.chat.completions.create(**fields, max_tokens=2)
         for _ in range(12):  # more than there are slots
-            stream = await client.chat.completions.create(
-                model=host.name, messages=MESSAGES, stream=True, max_tokens=64
-            )
+            stream = await client.chat.completions.create(**fields, stream=True, max_tokens=64)
             async for _ in stream:
                 break
             await stream.close()
-        answer = await client.chat.completions.create(model=host.name, messages=MESSAGES, max_tokens=2)
-    assert answer.usage.completion_tokens == 2
+        after = await client.chat.completions.create(**fields, max_tokens=2)
+    assert after.usage.completion_tokens == 2 and text(after) == text(before)

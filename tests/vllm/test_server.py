@@ -90,8 +90,9 @@ async def test_a_batch_of_mixes_answers_as_each_does_alone(server, prompts, mixe
 
 def test_the_echo_the_headers_and_the_name(server, client, real_package, mixes) -> None:
     raw = client.chat.completions.with_raw_response.create(
-        model=server.name, messages=[{"role": "user", "content": "Hi"}], max_tokens=4, extra_body=steered(mixes[1])
-    )
+        model=server.name, messages=[{"role": "user", "content": "Hi"}], max_tokens=4,
+        extra_body=steered(mixes[1]) | {"ignore_eos": True},
+    )  # fmt: skip
     answer = raw.parse()
     digest = real_package.digest(real_package.mix(mixes[1]))
     assert answer.steering["atoms"] == mixes[1]
@@ -111,7 +112,7 @@ def test_a_stream_is_the_whole_answer_with_the_echo_first(server, client, mixes)
 
 def test_n_logprobs_and_seeds(server, client, mixes) -> None:
     ask = {"model": server.name, "messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 6, "n": 3,
-           "seed": 5, "logprobs": True, "top_logprobs": 2, "extra_body": steered(mixes[2])}  # fmt: skip
+           "seed": 5, "logprobs": True, "top_logprobs": 2, "extra_body": steered(mixes[2]) | {"ignore_eos": True}}  # fmt: skip
     first, second = client.chat.completions.create(**ask), client.chat.completions.create(**ask)
     assert len(first.choices) == 3
     assert [c.message.content for c in first.choices] == [c.message.content for c in second.choices]
