@@ -77,6 +77,8 @@ _VERDICT = re.compile(
     r"(?:\s*(?:[,.;:!]|$)|\s+[-–—]|\s*[–—]|\s+(?:it|they|he|she|you|i|we|that|this|there|because)\b)",
     re.IGNORECASE,
 )
+_SHORT = 200
+"""Characters of the longest text that a pattern of short answers is tried on: what it takes grows with their cube."""
 _ONE_OR_TWO_WORDS = re.compile(
     r"[\"'“*(]*[^\W\d_][\w'’-]*(?:\.?\s+[^\W\d_][\w'’-]*)?[\"'”*)]*[.!?]?[\"'”*)]*", re.UNICODE
 )
@@ -104,20 +106,27 @@ def _yes_no(response: str, _prompt: str) -> bool:
     return bool(lines) and _VERDICT.match(lines[0]) is not None
 
 
+def _is_one_or_two_words(text: str) -> bool:
+    return len(text) <= _SHORT and _ONE_OR_TWO_WORDS.fullmatch(text) is not None
+
+
 def _one_word(response: str, _prompt: str) -> bool:
-    return _ONE_OR_TWO_WORDS.fullmatch(response.strip()) is not None
+    return _is_one_or_two_words(response.strip())
 
 
 def _arithmetic(response: str, _prompt: str) -> bool:
-    return _BARE_NUMBER.fullmatch(response.strip()) is not None
+    text = response.strip()
+    return len(text) <= _SHORT and _BARE_NUMBER.fullmatch(text) is not None
 
 
 def _label(response: str, prompt: str) -> bool:
     text = response.strip()
+    if len(text) > _SHORT:
+        return False
     prefixed = _LABEL_PREFIX.fullmatch(text)
     if prefixed:
-        return _ONE_OR_TWO_WORDS.fullmatch(prefixed["value"].strip()) is not None
-    if not _ONE_OR_TWO_WORDS.fullmatch(text):
+        return _is_one_or_two_words(prefixed["value"].strip())
+    if not _is_one_or_two_words(text):
         return False
     # Without a prefix any short answer has this form, so the word itself has to be a class name.
     value = text.strip("\"'“”*().!? ").lower()
@@ -129,7 +138,7 @@ def _label(response: str, prompt: str) -> bool:
 # --- code and data --------------------------------------------------------------------------------
 
 _FENCE_WITH_CONTENT = re.compile(r"^[ \t]*```[^`\n]*\n(?:[ \t]*\n)*[ \t]*(?!```)\S", re.MULTILINE)
-_WHOLE_FENCE = re.compile(r"```[^`\n]*\n(?P<body>.*?)\n?[ \t]*```", re.DOTALL)
+_OPENING_FENCE = re.compile(r"```[^`\n]*\n")
 
 
 def _fenced_code(response: str, _prompt: str) -> bool:
@@ -138,8 +147,8 @@ def _fenced_code(response: str, _prompt: str) -> bool:
 
 def _parses_as_json(response: str) -> bool:
     text = response.replace("\r\n", "\n").strip()
-    fenced = _WHOLE_FENCE.fullmatch(text)
-    body = (fenced["body"] if fenced else text).strip()
+    opening = _OPENING_FENCE.match(text)
+    body = text[opening.end() : -3].strip() if opening and text.endswith("```") else text
     if not body.startswith(("{", "[")):
         return False
     try:
@@ -206,7 +215,8 @@ _MISSING_INPUT = tuple(
         r"\b(?:could|can|would) you (?:please )?(?:be more specific|clarify|tell me more|give me more|elaborate)\b",
     )
 )
-_MISSING_INPUT_SENTENCES = 3
+_MISSING_INPUT_SENTENCES, _REQUEST = 3, 1000
+"""Sentences in which the request stands, and characters of each that are looked at."""
 
 
 def _missing_input(response: str, prompt: str) -> bool:
@@ -216,7 +226,7 @@ def _missing_input(response: str, prompt: str) -> bool:
     # The request comes early or it is an afterthought to an answer that was given.
     sentences = [part.strip() for part in _SENTENCE_BREAK.split(_prose(response)) if part.strip()]
     opening = sentences[:_MISSING_INPUT_SENTENCES]
-    return any(pattern.search(sentence) for sentence in opening for pattern in _MISSING_INPUT)
+    return any(pattern.search(sentence[:_REQUEST]) for sentence in opening for pattern in _MISSING_INPUT)
 
 
 # --- repairing a sentence -------------------------------------------------------------------------
@@ -224,6 +234,9 @@ def _missing_input(response: str, prompt: str) -> bool:
 _QUOTED = re.compile(r"[\"“](?P<text>[^\"”]+)[\"”]")
 _AFTER_COLON = re.compile(r":\s*(?P<text>\S.*)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*$")
+_LONGEST_SENTENCE, _LONGEST_REQUEST = 1000, 10_000
+"""Characters of an answer that may be a repaired sentence, and of the prompt in which it is looked for: comparing texts takes
+the square of their lengths."""
 _SAME_SENTENCE_RATIO = 0.7
 _MIN_REPAIRED_WORDS = 3
 
@@ -242,16 +255,24 @@ def _repair_candidates(prompt: str) -> list[str]:
 
 
 def _spelled_alike(first: str, second: str) -> float:
-    """Similarity of two texts' lower-cased words, by letters: "sing" and "sings" are nearly the same."""
+    """Similarity of two texts' lower-cased words, by letters: "sing" and "sings" are nearly the same. 0 if it is below 0.7."""
     left, right = (" ".join(_WORD.findall(text.lower())) for text in (first, second))
-    return SequenceMatcher(None, left, right, autojunk=False).ratio()
+    matcher = SequenceMatcher(None, left, right, autojunk=False)
+    if min(matcher.real_quick_ratio(), matcher.quick_ratio()) < _SAME_SENTENCE_RATIO:
+        return 0.0  # bounds of the ratio, at a fraction of its cost
+    return matcher.ratio()
 
 
 def _grammar_fix(response: str, prompt: str) -> bool:
     text = response.strip()
-    if len(_lines(text)) != 1 or not _SENTENCE_END.search(text) or len(_WORD.findall(text)) < _MIN_REPAIRED_WORDS:
+    if (
+        len(text) > _LONGEST_SENTENCE
+        or len(_lines(text)) != 1
+        or not _SENTENCE_END.search(text)
+        or len(_WORD.findall(text)) < _MIN_REPAIRED_WORDS
+    ):
         return False
-    candidates = _repair_candidates(prompt)
+    candidates = _repair_candidates(prompt[:_LONGEST_REQUEST])
     # Capitals or worked steps that reuse the user's words are other forms of answer.
     if text in candidates or text.isupper() or _step_by_step(text, prompt):
         return False
@@ -310,7 +331,7 @@ _WHOLE_RIMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "urn": ("urn",),
     }
 )  # fmt: skip
-_MAX_VERSE_WORDS = 16
+_MAX_VERSE_WORDS, _MAX_LETTERS = 16, 30
 _MIN_VERSE_WORDS = 2
 
 
@@ -369,7 +390,8 @@ def _rhyme(response: str, prompt: str) -> bool:
         return False
     verses = [_WORD.findall(line.lower()) for line in _lines(_prose(response))]
     # Lines of verse are short; paragraphs that happen to end alike are not a poem.
-    ends = [words[-1] if _MIN_VERSE_WORDS <= len(words) <= _MAX_VERSE_WORDS else "" for words in verses]
+    ends = [words[-1] if _MIN_VERSE_WORDS <= len(words) <= _MAX_VERSE_WORDS and len(words[-1]) <= _MAX_LETTERS else ""
+            for words in verses]  # fmt: skip
     pairs = [*pairwise(ends), *zip(ends, ends[2:], strict=False)]
     return any(_rhymes(first, second) for first, second in pairs if first and second)
 
@@ -389,10 +411,10 @@ _CLOSING_LINE = re.compile(
 _STEP_MARK = re.compile(r"\bstep\s+(?P<number>\d+|one|two|three|four|five|six)\b", re.IGNORECASE)
 # "First," opens a sequence; "First made in Peru" tells history.
 _FIRST_MARK = re.compile(
-    r"(?:^|[.!?:;]\s+|\n\s*)(?:first(?:ly)?\s*[,:]|to (?:start|begin)\b|start by\b)", re.IGNORECASE
+    r"(?:^|[.!?:;]\s+|\n[^\S\n]*)(?:first(?:ly)?\s*[,:]|to (?:start|begin)\b|start by\b)", re.IGNORECASE
 )
 _NEXT_MARK = re.compile(
-    r"(?:^|[.!?;,]\s+(?:and\s+)?|\n\s*)(?:then|next|after that|afterwards|second(?:ly)?|third(?:ly)?|finally|lastly)\b",
+    r"(?:^|[.!?;,]\s+(?:and\s+)?|\n[^\S\n]*)(?:then|next|after that|afterwards|second(?:ly)?|third(?:ly)?|finally|lastly)\b",
     re.IGNORECASE,
 )
 

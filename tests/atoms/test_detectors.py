@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import MappingProxyType
 
 import pytest
@@ -361,3 +363,19 @@ def test_endings_that_only_look_alike(pair: str) -> None:
 def test_a_verdict_alone_is_also_one_word() -> None:
     assert get_detector("yes-no").detect("Yes.", "")
     assert get_detector("one-word").detect("Yes.", "")
+
+
+def test_no_answer_holds_a_detector_up() -> None:
+    """A server looks at whatever a model was made to say. A pattern that takes the cube of these lengths would take hours."""
+    script = """
+from atoms.detectors import DETECTORS
+from atoms.non_answers import is_degenerate, is_refusal
+n = 20_000
+pieces = ["'", " ", "a'", "ae", "\\n", " \\n", "```\\n", "1,", "step ", "what is the text ", "“", "It is", ". ", "aab", "label:"]
+for text in [head + piece * (n // len(piece)) + tail for piece in pieces for head in ("It is", "```json\\n", "a") for tail in ("#", "`")]:
+    for detector in DETECTORS.values():
+        for prompt in ("Hi", text):
+            detector.detect(text, prompt)
+    is_degenerate(text), is_refusal(text)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
