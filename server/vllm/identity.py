@@ -1,4 +1,4 @@
-"""How a mix travels through vLLM: as a LoRA request whose name is the mix's digest and whose path is the mix itself.
+"""How a mix travels through vLLM: as a LoRA request whose name is the mix's digest and id, and whose path is the mix itself.
 
 vLLM keys its prefix cache by name and path, and its slots by the integer id. An id stands for one mix for ever: a
 reused one would silently serve the old weights. A mix that does not steer the prompt has a digest, a name and an id of
@@ -31,15 +31,15 @@ class MixIdentity(NamedTuple):
 class MixIdentities:
     """Gives mixes their ids, in the API process `rank` of `count`. `first` ids are left to vLLM's warm-up.
 
-    The ranges of processes are disjoint. So are their names: in a batch vLLM takes two requests of one name for one
-    adapter, whatever their ids, and would leave the second id without weights.
+    The ranges of processes are disjoint. A name has its id in it: in a batch vLLM takes two requests of one name for one
+    adapter, whatever their ids, and would leave the second id without weights. (A mix has two ids where two processes
+    know it, or where it was forgotten and asked for again while the first is still in use.)
     """
 
     def __init__(self, rank: int = 0, count: int = 1, first: int = 65_536) -> None:
         span = (_LAST_ID - first) // count
         self._next = first + rank * span
         self._end = self._next + span
-        self._suffix = f"@{rank}" if count > 1 else ""
         self._known: OrderedDict[str, MixIdentity] = OrderedDict()
 
     def of(self, mix: Mix, digest: str) -> MixIdentity:
@@ -48,7 +48,7 @@ class MixIdentities:
         if known is None:
             if self._next >= self._end:
                 raise EngineError("all ids for mixes have been used; restart the server")
-            known = MixIdentity(f"{digest}{self._suffix}", self._next, encode_path(mix))
+            known = MixIdentity(f"{digest}@{self._next}", self._next, encode_path(mix))
             self._next += 1
             self._known[digest] = known
             if len(self._known) > _REMEMBERED:

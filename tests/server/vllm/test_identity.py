@@ -38,7 +38,9 @@ def test_a_forgotten_mix_gets_a_new_id(monkeypatch: pytest.MonkeyPatch) -> None:
     first = identities.of(ONE, "m-1")
     for number in range(3):
         identities.of(OTHER, f"m-other-{number}")
-    assert identities.of(ONE, "m-1").number > first.number
+    again = identities.of(ONE, "m-1")
+    assert again.number > first.number and digest_of_name(again.name) == digest_of_name(first.name) == "m-1"
+    assert again.name != first.name, "vLLM would load one of them and run both"
 
 
 def test_used_up_ids_are_an_error_and_never_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
