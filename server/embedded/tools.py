@@ -42,12 +42,13 @@ class ToolCall:
             call = from_json(text, allow_inf_nan=False)
         except ValueError:
             return None
-        if not isinstance(call, dict) or call.get("name") not in known:
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in known:
             return None
         arguments = call.get("arguments", {})
         if not isinstance(arguments, dict):
             return None
-        return cls(f"call_{uuid.uuid4().hex}", call["name"], json.dumps(arguments, ensure_ascii=False))
+        return cls(f"call_{uuid.uuid4().hex}", name, json.dumps(arguments, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,12 @@ class Tools:
         """The schema of a forced call; None where the model is free to call or not. Raises InvalidFieldError."""
         if not self.forced:
             return None
-        calls = [_call_schema(tool["function"]) for tool in self.definitions if tool["function"]["name"] in self.names]
-        text = json.dumps(calls[0] if len(calls) == 1 else {"anyOf": calls}, ensure_ascii=False)
+        asked = [tool["function"] for tool in self.definitions if tool["function"]["name"] in self.names]
+        if len(asked) == 1:
+            schema = _call_schema(asked[0], "#")
+        else:
+            schema = {"anyOf": [_call_schema(function, f"#/anyOf/{place}") for place, function in enumerate(asked)]}
+        text = json.dumps(schema, ensure_ascii=False)
         if len(text.encode("utf-8", "surrogatepass")) > limits.max_grammar_bytes:
             raise InvalidFieldError(f"the parameters of the tools have {len(text)} characters together, more than an answer "
                                     "can be held to; send fewer tools", "tools")  # fmt: skip
@@ -193,13 +198,26 @@ def _asked(choice: object, names: list[str]) -> str:
     return name
 
 
-def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+def _call_schema(function: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """The schema of a call, which stands at the pointer `at` of the whole."""
+    arguments = _referring_to(f"{at}/properties/arguments", function["parameters"])
     return {
         "type": "object",
-        "properties": {
-            "name": {"const": function["name"]},
-            "arguments": {"type": "object"} | dict(function["parameters"]),
-        },
+        "properties": {"name": {"const": function["name"]}, "arguments": {"type": "object"} | arguments},
         "required": ["name", "arguments"],
         "additionalProperties": False,
+    }
+
+
+def _referring_to(root: str, schema: Any) -> Any:
+    """`schema` with its references into itself (``#/$defs/…``) pointing to where it stands, at `root` of another."""
+    if isinstance(schema, list):
+        return [_referring_to(root, part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: root + part[1:]
+        if key == "$ref" and isinstance(part, str) and part.startswith("#")
+        else _referring_to(root, part)
+        for key, part in schema.items()
     }

@@ -189,6 +189,31 @@ async def test_a_random_model_makes_a_valid_call_when_it_must(ask: Callable[...,
             jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER["function"]["parameters"])
 
 
+ROUTE = {"type": "function", "function": {"name": "route", "parameters": {
+    "type": "object", "required": ["stops"], "additionalProperties": False,
+    "properties": {"stops": {"type": "array", "items": {"$ref": "#/$defs/Stop"}, "minItems": 1, "maxItems": 2}},
+    "$defs": {"Stop": {"type": "object", "required": ["city"], "additionalProperties": False,
+                       "properties": {"city": {"$ref": "#/$defs/City"}}}, "City": {"enum": ["Oslo", "Rome"]}}}}}  # fmt: skip
+"""As `openai.pydantic_function_tool` writes a model that holds another."""
+
+
+@pytest.mark.parametrize("given", [[ROUTE], [WEATHER, ROUTE]], ids=["alone", "one of two"])
+async def test_parameters_may_refer_to_their_definitions(ask: Callable[..., Any], given: list[dict[str, Any]]) -> None:
+    for seed in range(4):
+        answer = await ask(tools=given, tool_choice="required", seed=seed)
+        assert answer.status_code == 200, answer.text
+        (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+        known = {tool["function"]["name"]: tool["function"]["parameters"] for tool in given}
+        jsonschema.validate(json.loads(call["function"]["arguments"]), known[call["function"]["name"]])
+
+
+@pytest.mark.parametrize("name", ["[]", "{}", "3", "null"])
+async def test_a_call_whose_name_is_no_text_is_content(client: AsyncClient, engine: ScriptedEngine, name: str) -> None:
+    engine.script = f'<tool_call>{{"name": {name}, "arguments": {{}}}}</tool_call>'
+    message = (await client.post(PATH, json=CHAT)).json()["choices"][0]["message"]
+    assert message["content"] == engine.script and not message.get("tool_calls")
+
+
 async def test_a_forced_call_streams_to_the_same(ask: Callable[..., Any]) -> None:
     fields = {"tool_choice": NAMED, "seed": 1}
     whole = (await ask(**fields)).json()["choices"][0]["message"]["tool_calls"][0]["function"]
