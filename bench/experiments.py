@@ -21,7 +21,6 @@ import asyncio
 import json
 import math
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -36,9 +35,13 @@ import httpx2 as httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.machine import machine
+
 ADMIN = {"Authorization": "Bearer boss"}
 SCRIPTED_SERVER = Path(__file__).parents[1] / "tests" / "server" / "experiments" / "scripted_server.py"
 KINDS = ("recorded", "not recorded")
+RESPONSES = 1000
+"""Observed by one recorder, to time it."""
 PROMPTS = ("Name three fruits.", "How do I bake bread?", "What is the capital of France?", "Write a short poem.")
 
 
@@ -139,7 +142,7 @@ async def generation(package: Any, app: Any, rows: int, tokens: int, pairs: int,
                 cpu[kind].append((time.process_time() - busy) / (rows * tokens))
 
 
-def recording(package: Any, directory: Path, responses: int = 1000) -> float:
+def recording(package: Any, directory: Path) -> float:
     """CPU seconds, of all threads, to observe one response of some 400 characters: exposure, detectors, rows, commit."""
     from server.experiments.recording import Choice, FinishedResponse
     from server.experiments.spec import Assignment, ExperimentSpec
@@ -152,13 +155,13 @@ def recording(package: Any, directory: Path, responses: int = 1000) -> float:
     created = store.create(ExperimentSpec.model_validate(experiment(package)).completed(), [], "1")
     text = "\n".join(f"{n}. One thing follows another, and so it goes on for a while." for n in range(1, 8))
     busy = time.process_time()
-    for n in range(responses):
+    for n in range(RESPONSES):
         assignment = Assignment(created.id, f"u{n}", "one")
         state.recorder.exposed(assignment)
         choice = Choice(text, 100, "stop", "How do I bake bread?")
         state.recorder.finished(assignment, FinishedResponse(f"r{n}", (choice,), 1.0, 0.1))
     state.recorder.erase("nobody").result(60)  # comes last, so all is stored
-    spent = (time.process_time() - busy) / responses
+    spent = (time.process_time() - busy) / RESPONSES
     state.close()
     return spent
 
@@ -178,8 +181,8 @@ def guarding(package: Any, url: str, units: int) -> dict[str, float]:
     rails = [{"metric": metric, "max": 1e6} for metric in ("error", "latency_seconds", "measured_kl", "score")]
     spec = ExperimentSpec.model_validate(experiment(package) | {"name": "guarded", "guardrails": rails}).completed()
     arms = Steering.of(package, ServeConfig(package=package.path)).freeze(spec)
-    state.experiments.create(spec, arms, "1")
-    started = state.experiments.start(spec.name, arms, "1")
+    draft = state.experiments.create(spec, arms, "1")
+    started = state.experiments.start(draft, arms, "1")
     state.refresh()
     begin = time.perf_counter()
     for n in range(units):
@@ -237,9 +240,9 @@ def databases(directory: Path) -> Iterator[tuple[str, str]]:
         yield "PostgreSQL", postgresql.get_uri()
 
 
-def settings(args: argparse.Namespace, package: Any, machine: str) -> dict[str, Any]:
+def settings(args: argparse.Namespace, package: Any) -> dict[str, Any]:
     """What rounds must have in common to be counted together."""
-    return {"package": package.manifest.content_hash, "machine": machine, "rows": args.rows, "tokens": args.tokens}
+    return {"package": package.manifest.content_hash, "machine": machine(), "rows": args.rows, "tokens": args.tokens}
 
 
 def earlier(path: Path | None, of: dict[str, Any]) -> dict[str, Any]:
@@ -286,9 +289,8 @@ def main() -> None:
     from atoms.package import Package
 
     package = Package.read(args.package)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
-    print(f"{machine}, load {os.getloadavg()[0]:.1f}")
-    result: dict[str, Any] = {"machine": machine, "load": os.getloadavg()[0], "ingest": {}}
+    result: dict[str, Any] = {"machine": machine(), "load": os.getloadavg()[0], "ingest": {}}
+    print(f"{result['machine']}, load {result['load']:.1f}")
     with tempfile.TemporaryDirectory() as directory:
         for name, url in databases(Path(directory)) if not args.no_ingest else ():
             with server(args.package, url) as address:
@@ -303,7 +305,7 @@ def main() -> None:
         result["recording CPU s a response"] = recording(package, Path(directory))
         print(f"   recording: {1000 * result['recording CPU s a response']:.2f} ms of CPU a response")
         if args.model:
-            result["of"] = settings(args, package, machine)
+            result["of"] = settings(args, package)
             result["generation"] = earlier(args.json, result["of"])
             measure_generation(args, Path(directory), result["generation"])
             for what, found in result["generation"].items():

@@ -74,10 +74,18 @@ class State:
         """Stops running experiments whose guardrails are broken. Raises StoreUnavailableError."""
         for experiment in list(self.snapshot.experiments.values()):
             if experiment.status == "running" and experiment.spec.guardrails:
-                with self.database.read() as connection:
-                    broken = next((check for check in check_guardrails(connection, experiment) if check.broken), None)
-                if broken is not None:
-                    self._stop_experiment(experiment, f"guardrail: {broken}")
+                try:
+                    self._guard(experiment)
+                except StoreUnavailableError:
+                    raise
+                except Exception:  # the others must not go unguarded
+                    _log.exception("the guardrails of experiment %r could not be checked", experiment.name)
+
+    def _guard(self, experiment: Experiment) -> None:
+        with self.database.read() as connection:
+            broken = next((check for check in check_guardrails(connection, experiment) if check.broken), None)
+        if broken is not None:
+            self._stop_experiment(experiment, f"guardrail: {broken}")
 
     def close(self) -> None:
         """Stops the threads, writes what waits, closes the connections."""

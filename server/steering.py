@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from atoms.engine import Phase
@@ -260,10 +260,24 @@ class Steering:
                                    experiment.spec.unit.replace(":", "."))  # fmt: skip
         arm = experiment.assign(unit) if unit is not None and experiment.status == "running" else None
         given = arm or experiment.control
-        self._check_frozen(experiment, given)
+        if experiment.status == "stopped":
+            given = self._as_it_is_now(experiment, given)
+        else:
+            self._check_frozen(experiment, given)
         assignment = Assignment(experiment.id, unit, arm.name) if arm and unit else None
         return ResolvedSteering(given.mix, given.digest, given.predicted_kl, preset=given.preset, experiment=name,
                                 arm=arm.name if arm else None, assignment=assignment)  # fmt: skip
+
+    def _as_it_is_now(self, experiment: Experiment, control: Arm) -> Arm:
+        """The control of an experiment that was stopped, of the package in force, which may be a later version. Raises
+        ConflictError where that lacks one of its atoms."""
+        if not self.applies(control.mix):
+            raise ConflictError(
+                f"experiment {experiment.name!r} was stopped, and version {self.package.manifest.version} of the package lacks "
+                "an atom of its control; leave steering.experiment out",
+                "steering.experiment",
+            )
+        return replace(control, digest=self.package.digest(control.mix), predicted_kl=self.predicted_kl(control.mix))
 
     def _check_frozen(self, experiment: Experiment, arm: Arm) -> None:
         """Raises ConflictError where `arm` would not be what the experiment was started with."""

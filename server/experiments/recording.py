@@ -72,11 +72,19 @@ class _Exposure:
     at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Response:
+    """Its rows are made once, however often they must be written, and the texts dropped with that."""
+
     assignment: Assignment
     at: float
-    response: FinishedResponse
+    response: FinishedResponse | None
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def rows(self) -> list[dict[str, Any]]:
+        if self.response is not None:
+            self._rows, self.response = list(_response_rows(self.assignment, self.at, self.response)), None
+        return self._rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +162,7 @@ class Recorder:
 
     def _commit(self, records: Sequence[_Record]) -> list[Any]:
         """One transaction. Observations first, so that an outcome finds the response that was queued before it."""
-        response_rows = [row for record in records if isinstance(record, _Response) for row in _response_rows(record)]
+        response_rows = [row for record in records if isinstance(record, _Response) for row in record.rows()]
         exposure_rows = [_exposure_row(record) for record in records if isinstance(record, _Exposure)]
         with self._lost_lock:
             lost, self._lost = self._lost, Counter()
@@ -231,11 +239,10 @@ def _exposure_row(record: _Exposure) -> dict[str, Any]:
     return {"experiment_id": assigned.experiment_id, "unit": assigned.unit, "arm": assigned.arm, "at": record.at}
 
 
-def _response_rows(record: _Response) -> Iterable[dict[str, Any]]:
-    assigned, response = record.assignment, record.response
+def _response_rows(assigned: Assignment, at: float, response: FinishedResponse) -> Iterable[dict[str, Any]]:
     common = {
         "experiment_id": assigned.experiment_id, "response_id": response.response_id[:RESPONSE], "unit": assigned.unit,
-        "arm": assigned.arm, "at": record.at, "status": response.status, "seconds": response.seconds,
+        "arm": assigned.arm, "at": at, "status": response.status, "seconds": response.seconds,
         "first_token_seconds": response.first_token_seconds,
     }  # fmt: skip
     if not response.choices:

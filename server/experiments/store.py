@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, delete, select, update
 from sqlalchemy.exc import IntegrityError
 
-from server.errors import ConflictError, ExperimentNotFoundError
+from server.errors import CollisionError, ConflictError, ExperimentNotFoundError
 from server.experiments.spec import Arm, Experiment, ExperimentSpec
 from server.presets import bump_revision
 from server.store.database import Database
@@ -62,8 +62,9 @@ class ExperimentStore:
             self._change(connection, spec.name, "draft", self._row(spec, arms, package_version))
             return self._noted(connection, spec.name, "replaced", {})
 
-    def start(self, name: str, arms: Sequence[Arm], package_version: str) -> Experiment:
-        """Freezes `arms`. Raises ExperimentNotFoundError, ConflictError unless it is a draft."""
+    def start(self, draft: Experiment, arms: Sequence[Arm], package_version: str) -> Experiment:
+        """Freezes `arms`, which are those of `draft`. Raises ExperimentNotFoundError, ConflictError unless it is a draft,
+        CollisionError if that has another spec meanwhile."""
         values = {
             "status": "running",
             "started_at": time.time(),
@@ -71,8 +72,11 @@ class ExperimentStore:
             "package_version": package_version,
         }
         with self._database.write() as connection:
-            self._change(connection, name, "draft", values)
-            return self._noted(connection, name, "started", {"package_version": package_version})
+            self._change(connection, draft.name, "draft", values)
+            started = self._noted(connection, draft.name, "started", {"package_version": package_version})
+            if started.spec != draft.spec:  # nothing of this transaction is kept
+                raise CollisionError(f"experiment {draft.name!r} was replaced while it was started; start it again")
+            return started
 
     def ramp(self, name: str, coverage: float) -> Experiment:
         """Raises ExperimentNotFoundError, ConflictError unless it runs."""

@@ -125,10 +125,9 @@ def experiments_router(steering: Steering, state: State | None) -> APIRouter:
     @router.post("/{name}/start", response_model=None)
     async def start(name: str, request: Request) -> Response:
         live = _admin(request, state)
-        spec = (await asyncio.to_thread(live.experiments.get, name)).spec
-        return await _changed(
-            live, await asyncio.to_thread(live.experiments.start, name, steering.freeze(spec), version)
-        )
+        draft = await asyncio.to_thread(live.experiments.get, name)
+        started = await asyncio.to_thread(live.experiments.start, draft, steering.freeze(draft.spec), version)
+        return await _changed(live, started)
 
     @router.post("/{name}/ramp", response_model=None)
     async def ramp(name: str, request: Request) -> Response:

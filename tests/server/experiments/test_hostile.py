@@ -13,9 +13,11 @@ from httpx import AsyncClient
 from sqlalchemy import func, select
 
 from atoms.package import Package
+from server import state as state_module
 from server.config import ServeConfig
+from server.errors import CollisionError, ConflictError
 from server.experiments.recording import Choice, FinishedResponse
-from server.experiments.spec import Assignment, ExperimentSpec
+from server.experiments.spec import Assignment, Experiment, ExperimentSpec
 from server.state import State
 from server.steering import Steering, Subject
 from server.store.tables import outcomes, responses
@@ -132,8 +134,6 @@ async def test_one_of_many_operators_creates_starts_and_stops(
     package: Package, config: ServeConfig, state: State, state_of: Callable[[str], State], database_url: str, spec: Body
 ) -> None:
     """Two replicas, eight threads each: every change succeeds exactly once."""
-    from server.errors import ConflictError
-
     replicas = [state, state_of(database_url)]
     parsed = ExperimentSpec.model_validate(spec).completed()
     arms = Steering.of(package, config).freeze(parsed)
@@ -149,7 +149,8 @@ async def test_one_of_many_operators_creates_starts_and_stops(
         return sum(await asyncio.gather(*(asyncio.to_thread(attempt, replicas[n % 2]) for n in range(16))))
 
     assert await race(lambda replica: replica.experiments.create(parsed, arms, "1.0")) == 1
-    assert await race(lambda replica: replica.experiments.start("tone", arms, "1.0")) == 1
+    draft = state.experiments.get("tone")
+    assert await race(lambda replica: replica.experiments.start(draft, arms, "1.0")) == 1
     assert await race(lambda replica: replica.experiments.stop("tone", "me first")) == 1
     with state.database.read() as connection:
         history = state.experiments.history(connection, state.experiments.get("tone"))
@@ -221,13 +222,10 @@ async def test_records_of_a_deleted_experiment_do_not_become_those_of_the_next(
 def test_arms_that_are_gone_from_the_package_say_so(
     package: Package, config: ServeConfig, spec: Body, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.errors import ConflictError
-
     parsed = ExperimentSpec.model_validate(spec).completed()
     steering = Steering.of(package, config, lambda: state.snapshot)
     arms = steering.freeze(parsed)
-    state.experiments.create(parsed, arms, "1.0")
-    state.experiments.start("tone", arms, "1.0")
+    state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
     state.refresh()
     monkeypatch.setattr(Steering, "applies", lambda self, mix: not mix)
     units = [f"u{n}" for n in range(30)]
@@ -239,3 +237,54 @@ def test_arms_that_are_gone_from_the_package_say_so(
             assert "version 1.0" in str(error)
             seen.add("refused")
     assert seen == {"plain", "refused"}
+
+
+def test_a_draft_that_was_replaced_is_not_started_with_its_old_arms(
+    package: Package, config: ServeConfig, spec: Body, state: State
+) -> None:
+    steering = Steering.of(package, config, lambda: state.snapshot)
+    one, other = (ExperimentSpec.model_validate(spec | {"horizon": n}).completed() for n in (500, 900))
+    read = state.experiments.create(one, steering.freeze(one), "1.0")
+    state.experiments.replace(other, steering.freeze(other), "1.0")
+    with pytest.raises(CollisionError, match="replaced"):
+        state.experiments.start(read, steering.freeze(one), "1.0")
+    assert state.experiments.get("tone").status == "draft"
+    assert state.experiments.start(state.experiments.get("tone"), steering.freeze(other), "1.0").status == "running"
+
+
+def test_one_experiment_that_cannot_be_checked_leaves_the_others_guarded(
+    package: Package, config: ServeConfig, spec: Body, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steering = Steering.of(package, config, lambda: state.snapshot)
+    rails = {"guardrails": [{"metric": "error", "max": 0.5}]}
+    for name in ("a", "b", "c"):
+        parsed = ExperimentSpec.model_validate(spec | rails | {"name": name}).completed()
+        arms = steering.freeze(parsed)
+        state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
+    state.refresh()
+    looked = []
+
+    def check(_connection: object, experiment: Experiment) -> list[object]:
+        looked.append(experiment.name)
+        raise ValueError("no such arm")
+
+    monkeypatch.setattr(state_module, "check_guardrails", check)
+    state.guard()
+    assert sorted(looked) == ["a", "b", "c"]
+
+
+def test_an_experiment_that_was_stopped_serves_its_control_on_a_later_version(
+    package: Package, config: ServeConfig, spec: Body, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = ExperimentSpec.model_validate(spec).completed()
+    steering = Steering.of(package, config, lambda: state.snapshot)
+    arms = steering.freeze(parsed)
+    state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
+    state.refresh()
+    monkeypatch.setattr(type(package), "digest", lambda self, mix: "m-of-another-version")
+    with pytest.raises(ConflictError, match="version 1.0"):
+        steering.resolve({"experiment": "tone"}, subject=Subject(user="u1"))
+    state.experiments.stop("tone", "enough")
+    state.refresh()
+    found = steering.resolve({"experiment": "tone"}, subject=Subject(user="u1"))
+    assert (found.arm, found.digest, found.assignment) == (None, "m-of-another-version", None)

@@ -30,8 +30,8 @@ def guarded(state: State, package: Any, config: Any, spec: dict[str, Any]) -> Ex
     rails = [{"metric": metric, "max": 1e9} for metric in WATCHED]
     parsed = ExperimentSpec.model_validate(spec | {"guardrails": rails}).completed()
     arms = Steering.of(package, config).freeze(parsed)
-    state.experiments.create(parsed, arms, "1.0")
-    started = state.experiments.start("tone", arms, "1.0")
+    draft = state.experiments.create(parsed, arms, "1.0")
+    started = state.experiments.start(draft, arms, "1.0")
     state.refresh()
     return started
 
@@ -114,7 +114,7 @@ def test_nothing_is_summed_for_an_experiment_without_guardrails(
 ) -> None:
     parsed = ExperimentSpec.model_validate(spec).completed()
     arms = Steering.of(package, config).freeze(parsed)
-    state.experiments.create(parsed, arms, "1.0")
-    User(state.recorder, state.experiments.start("tone", arms, "1.0"), 3).act(20)
+    draft = state.experiments.create(parsed, arms, "1.0")
+    User(state.recorder, state.experiments.start(draft, arms, "1.0"), 3).act(20)
     with state.database.read() as connection:
         assert connection.execute(select(unit_sums)).all() == connection.execute(select(arm_sums)).all() == []
