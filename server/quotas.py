@@ -17,6 +17,7 @@ from collections.abc import Callable
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.auth import Caller
 from server.errors import QuotaError
 from server.limits import Quota
 from server.responses import error_response
@@ -98,19 +99,19 @@ class Account:
 
 
 class Quotas:
-    """The accounts of all keys, by their names. `default` holds for keys without a quota of their own."""
+    """The accounts of all keys. `default` holds for keys without a quota of their own."""
 
     def __init__(self, default: Quota = Quota(), clock: Callable[[], float] = time.monotonic) -> None:
         self._default = default
         self._clock = clock
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[tuple[bool, str], Account] = {}
 
-    def account(self, name: str, quota: Quota | None = None) -> Account:
-        """A changed quota begins anew."""
-        wanted = quota or self._default
-        account = self._accounts.get(name)
+    def account(self, caller: Caller) -> Account:
+        """A changed quota begins anew. Keys of clients and of admins have accounts of their own, whatever their names."""
+        wanted = caller.quota or self._default
+        account = self._accounts.get((caller.admin, caller.name))
         if account is None or account.quota != wanted:
-            account = self._accounts[name] = Account(name, wanted, self._clock)
+            account = self._accounts[caller.admin, caller.name] = Account(caller.name, wanted, self._clock)
         return account
 
 
@@ -126,7 +127,7 @@ class QuotaMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST" or is_own_path(scope["path"]):
             return await self._app(scope, receive, send)
         caller = scope["state"]["caller"]
-        account = scope["state"]["context"].account = self._quotas.account(caller.name, caller.quota)
+        account = scope["state"]["context"].account = self._quotas.account(caller)
 
         async def send_with_limits(message: Message) -> None:
             if message["type"] == "http.response.start":
