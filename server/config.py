@@ -148,8 +148,10 @@ def _split_keys(text: str) -> tuple[str, ...]:
 
 def _check_keys(name: str, keys: Sequence[str]) -> None:
     for key in keys:  # the message must not show the key
-        if not key.strip() or not key.isascii() or any(char.isspace() for char in key):
-            raise ConfigError(f"{name} holds a key that is empty or has spaces or non-ASCII characters; choose another")
+        if not key.strip() or not key.isascii() or any(char.isspace() or char == "," for char in key):
+            raise ConfigError(
+                f"{name} holds a key that is empty or has spaces, commas or non-ASCII characters; choose another"
+            )
 
 
 def _whole(value: object) -> bool:

@@ -49,7 +49,7 @@ from server.vllm.grammars import is_work_bounded
 from server.vllm.identity import MixIdentities
 from server.vllm.middleware import SteeredCall, SteeringMiddleware, current
 from server.vllm.scoring import measure_drift
-from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings
+from server.vllm.settings import PACKAGE_VARIABLE, PLUGIN_NAME, read_settings, refuse_root_path
 from server.vllm.versions import WorkerVersion, WorkerVersions
 
 _LOOK_SECONDS, _LEAVING_SECONDS = 0.2, 3
@@ -69,6 +69,7 @@ class SteeringEndpoint:
         if config is None:
             raise ConfigError(f"plugin {PLUGIN_NAME} is named in VLLM_PLUGINS and {PACKAGE_VARIABLE} is not set; name the "
                               "package's directory there")  # fmt: skip
+        refuse_root_path(app.root_path)
         self._app, self._config = app, config
         self._model_path = app.state.args.model
         self._names = app.state.args.served_model_name

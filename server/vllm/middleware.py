@@ -15,13 +15,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from pydantic_core import from_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoms.errors import AtomsteerError, EngineStoppedError
-from server.context import RequestContext, Traffic, begin_generating
+from server.context import REQUEST_ID_HEADER, RequestContext, Traffic, begin_generating
 from server.errors import InvalidFieldError, InvalidJSONError, UnsupportedFieldError, error_body
 from server.experiments.drift import Answered, DriftSampler
 from server.experiments.recording import Choice, FinishedResponse
@@ -123,6 +124,7 @@ class SteeringMiddleware:
         token = current.set(call)
         try:
             answered = call if scope["path"] in STEERED_PATHS else None
+            scope = _with_own_id(scope)
             with call.version.used() if call is not None else nullcontext():
                 await self._run(scope, replayed, _Answer(answered, send, self._traffic, self._drift, self._score))
         finally:
@@ -169,6 +171,9 @@ class SteeringMiddleware:
         with self._metrics.counting_refusals():
             resolved = version.steering.resolve(body.get("steering"), model_preset=preset, admin=scope["state"]["admin"],
                                                 subject=subject)  # fmt: skip
+        if resolved.assignment is not None and body.get("request_id") is not None:
+            raise UnsupportedFieldError("request_id cannot be given in an experiment, which records responses by the server's "
+                                        "own ids; leave it out", "request_id")  # fmt: skip
         context.steering = resolved
         self._metrics.steered(resolved)
         if self._drift is not None:
@@ -197,12 +202,12 @@ class SteeringMiddleware:
         n = _number(body.get("n")) or 1
         if n > self._limits.max_n:
             raise InvalidFieldError(f"n is {n:g}; the limit is {self._limits.max_n}", "n")
-        field = "prompt" if "prompt" in body else "messages"
-        prompts = body.get(field)
-        many = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else 1
-        if many * n > self._limits.max_sequences:
-            raise InvalidFieldError(f"{many} prompts times n {n:g} are {many * n:g} sequences; the limit is "
-                                    f"{self._limits.max_sequences}", field)  # fmt: skip
+        for name in ("prompt", "messages"):
+            prompts = body.get(name)
+            many = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else 1
+            if many * n > self._limits.max_sequences:
+                raise InvalidFieldError(f"{many} prompts times n {n:g} are {many * n:g} sequences; the limit is "
+                                        f"{self._limits.max_sequences}", name)  # fmt: skip
 
     def _default(self, scope: Scope, body: Mapping[str, Any]) -> SteeredCall:
         """Other paths that generate get the server's default mix."""
@@ -291,8 +296,16 @@ class _Answer:
             prompt = call.first[1] if call.first is not None else ()
             drift.offer(call.steering, self._response_id, prompt, call.response, partial(self._score, call.version))
         elif self._status >= 500:
-            drift.recorder.finished(assignment, FinishedResponse(call.context.request_id, (), call.context.seconds,
+            drift.recorder.finished(assignment, FinishedResponse(f"failed-{uuid4().hex}", (), call.context.seconds,
                                                                  status=self._status))  # fmt: skip
+
+
+def _with_own_id(scope: Scope) -> Scope:
+    """The request as vLLM gets it: from the header of the request's id vLLM makes the response's, under which experiments
+    record. A client may send one id with many requests; the answer's header still has the client's."""
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    headers[REQUEST_ID_HEADER] = uuid4().hex
+    return {**scope, "headers": headers.raw}
 
 
 def with_echo(body: bytes, echo: Mapping[str, object], *, is_stream: bool) -> bytes:

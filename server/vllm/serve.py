@@ -17,7 +17,7 @@ from atoms.errors import ConfigError
 from atoms.package import Package
 from server.config import ServeConfig
 from server.limits import Limits
-from server.vllm.settings import PLUGIN_NAME, PLUGINS_VARIABLE, check, to_environment
+from server.vllm.settings import PLUGIN_NAME, PLUGINS_VARIABLE, check, refuse_root_path, to_environment
 
 _EMBEDDED_ONLY = ("max_messages", "max_stop", "max_stop_bytes", "max_logit_bias", "max_tools")
 _OURS = ("--model", "--served-model-name", "--enable-lora", "--max-lora-rank", "--lora-modules", "--lora-target-modules",
@@ -43,6 +43,8 @@ def arguments(config: ServeConfig, package: Package, more: Sequence[str] = ()) -
     for option in more:
         if option.partition("=")[0] in _OURS:
             raise ConfigError(f"{option} is atomsteer's to set; use the option of `atomsteer serve`")
+        if option.partition("=")[0] == "--root-path":
+            refuse_root_path(option)
     if config.device != "auto":
         raise ConfigError(f"device is {config.device!r}; vLLM chooses the one it was built for, leave --device out")
     if config.port == 0:

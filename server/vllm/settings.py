@@ -70,6 +70,14 @@ def check(package: Package, config: ServeConfig) -> None:
     Steering.of(package, config)
 
 
+def refuse_root_path(path: str | None) -> None:
+    """Raises ConfigError for vLLM's ``--root-path``: limits, keys and steering go by paths without one."""
+    if path:
+        raise ConfigError(
+            f"the root path {path} cannot go with steering; leave it out, and have the proxy take the prefix off"
+        )
+
+
 def _object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)

@@ -42,7 +42,7 @@ async def _chat(request: Request) -> Any:
     call = await asyncio.create_task(_seen())
     answer = {"id": "chatcmpl-1", "seen": call.steering.mix.as_dict() if call else None, "body": body}
     if not body.get("stream"):
-        return JSONResponse(answer)
+        return JSONResponse(answer, headers={"x-id-seen": request.headers.get("x-request-id", "")})
 
     async def events() -> AsyncIterator[bytes]:
         yield b": keep-alive\n\n"
@@ -228,6 +228,7 @@ async def test_limits_hold_however_a_number_is_written_and_on_every_path(
         ({"prompt": list(range(100)), "n": 2}, None),
         ({"messages": [{"role": "user", "content": "x"}] * 100}, None),
         ({"prompt": ["a"] * 5}, None),
+        ({"prompt": "x", "messages": [[{"role": "user", "content": "x"}]] * 6}, "messages"),
     ],
 )
 async def test_prompts_times_n_are_limited(client_to, config: ServeConfig, body: dict, param: str | None) -> None:
@@ -353,8 +354,8 @@ async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
         {"name": "trial", "arms": [{"name": "a", "atoms": {"list": 1.0}}, {"name": "b", "atoms": {}}]}
     ).completed()
     steering = Steering.of(package, config)
-    sqlite_state.experiments.create(spec, steering.freeze(spec), "1.0")
-    sqlite_state.experiments.start("trial", steering.freeze(spec), "1.0")
+    draft = sqlite_state.experiments.create(spec, steering.freeze(spec), "1.0")
+    sqlite_state.experiments.start(draft, steering.freeze(spec), "1.0")
     sqlite_state.refresh()
     client = client_to(config, sqlite_state)
     body = {"model": "demo", "user": "anna", "steering": {"experiment": "trial"}, "stream": True}
@@ -365,6 +366,15 @@ async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
         [Outcome("chatcmpl-1", "liked", 1.0), Outcome("other", "liked", 1.0)],
     )
     assert await asyncio.wrap_future(unknown) == {"other"}, f"the response of arm {arm} was not recorded under its id"
+
+
+async def test_vllm_gets_an_id_of_the_servers_own_for_every_request(client_to, config: ServeConfig) -> None:
+    client, ids = client_to(config), set()
+    for _ in range(2):
+        answer = await client.post(CHAT, json={"model": "demo"}, headers={"X-Request-Id": "trace-1"})
+        assert answer.headers["x-request-id"] == "trace-1"
+        ids.add(answer.headers["x-id-seen"])
+    assert len(ids) == 2 and "trace-1" not in ids, "responses would be recorded under one id"
 
 
 class _Engine:

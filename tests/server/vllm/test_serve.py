@@ -100,6 +100,12 @@ def test_settings_that_vllm_cannot_follow_are_refused(package: Package, config: 
         arguments(replace(config, **changes), package)
 
 
+@pytest.mark.parametrize("option", [["--root-path", "/llm"], ["--root-path=/llm"]])
+def test_a_root_path_is_refused(package: Package, config: ServeConfig, option: list[str]) -> None:
+    with pytest.raises(ConfigError, match="root path"):
+        arguments(config, package, option)
+
+
 def test_keys_are_in_the_environment_and_not_on_the_command_line(package: Package, config: ServeConfig) -> None:
     config = replace(config, api_keys=("secret-key",), admin_keys=("secret-admin",))
     assert "secret" not in " ".join(arguments(config, package))
