@@ -22,7 +22,7 @@ KEY = "the-good-key"
 
 @pytest.fixture
 def config(config: ServeConfig) -> ServeConfig:
-    return replace(config, body_timeout=0.5, api_keys=(KEY,))
+    return replace(config, body_timeout=2.0, api_keys=(KEY,))
 
 
 @pytest.fixture
@@ -92,13 +92,13 @@ def test_headers_are_not_reflected_or_mixed_up(server: Any, http: httpx.Client, 
 def test_a_body_that_trickles_is_given_up(server: Any, http: httpx.Client) -> None:
     start = time.monotonic()
     answer = raw(server, head("Content-Type: application/json", "Content-Length: 100") + b'{"model"', 10)
-    assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - start < 5
+    assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - start < 8
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
     assert server.traffic.active == 0
 
 
 def test_an_answer_may_take_longer_than_a_body(server: Any, http: httpx.Client) -> None:
-    server.engine.script, server.engine.delay = " ".join(["word"] * 20), 0.06
+    server.engine.script, server.engine.delay = " ".join(["word"] * 20), 0.15
     assert http.post(PATH, json=CHAT).status_code == 200
     server.engine.delay = 0.0
 
@@ -122,7 +122,7 @@ def test_json_made_to_break_parsers(http: httpx.Client, text: str, status: int) 
     answer = http.post(PATH, content=text, headers={"Content-Type": "application/json"})
     assert answer.status_code == status, answer.text
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"} and len(answer.text) < 1000
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 15
 
 
 def test_a_million_atoms(http: httpx.Client) -> None:
@@ -132,7 +132,7 @@ def test_a_million_atoms(http: httpx.Client) -> None:
     start = time.monotonic()
     refused = http.post(PATH, json=CHAT | {"steering": {"atoms": fitting}})
     assert refused.status_code == 400 and "32" in refused.json()["error"]["message"]
-    assert len(refused.text) < 1000 and time.monotonic() - start < 2
+    assert len(refused.text) < 1000 and time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -107,7 +107,7 @@ async def test_sigterm_under_load_finishes_or_refuses_every_request(
             after = list(await asyncio.gather(*late))
         print(f"{outcomes} of those in flight, {Counter(after)} of those that came later, all ended after {took:.1f} s")
         assert server.process.poll() == 0, server.log.read_text()[-3000:]
-        assert took < SHUTDOWN_SECONDS + 15
+        assert took < SHUTDOWN_SECONDS + 40
         assert outcomes.keys() <= {"finished", "refused", "broken off"}
         if whom == "server":  # a worker that gets the signal too ends, and nothing can be finished
             assert outcomes["finished"] > len(before), "what was running has not been finished"
@@ -116,7 +116,13 @@ async def test_sigterm_under_load_finishes_or_refuses_every_request(
 
 
 def assert_refused_until_the_port_is_closed(after: list[str]) -> None:
-    """A connection that the closing port had not taken yet is reset."""
-    answered = [answer for answer in after if not answer.startswith(("no connection", "broken ReadError"))]
+    """A connection that the closing port had not taken yet is reset or closed."""
+    closed = (
+        "no connection",
+        "broken ReadError",
+        "broken WriteError",
+        "broken RemoteProtocolError Server disconnected",
+    )
+    answered = [answer for answer in after if not answer.startswith(closed)]
     assert answered == after[: len(answered)], after
     assert set(answered) <= {"finished", "refused"} and "refused" in answered, answered

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 EAGER = "--enforce-eager"
-ENDS_WITHIN = 30  # seconds; vLLM gives a worker 5 to end by itself
+ENDS_WITHIN = 90  # seconds; vLLM gives a worker 5 to end by itself
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 
-def test_sigterm_drains_answers_everybody_and_leaves_no_process(server, ask, read, members) -> None:
+def test_sigterm_drains_answers_everybody_and_leaves_no_process(server, ask, read, members, wait_for) -> None:
     stream, started = [], threading.Event()
     thread = threading.Thread(target=_stream, args=(server, stream, started))
     thread.start()
@@ -28,8 +28,7 @@ def test_sigterm_drains_answers_everybody_and_leaves_no_process(server, ask, rea
     last = stream[-1]
     assert last == "[DONE]" or json.loads(last)["error"]["code"] == "engine_stopped", stream[-3:]
     assert server.process.wait(120) == 0
-    time.sleep(1)
-    assert not members(server.process.pid), "a process of the server lives on"
+    assert wait_for(lambda: not members(server.process.pid), 30), "a process of the server lives on"
 
 
 def _stream(server, lines: list[str], started: threading.Event) -> None:

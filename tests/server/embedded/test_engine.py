@@ -164,7 +164,7 @@ def test_a_full_queue_refuses_and_recovers(tiny: PreTrainedModel, make_engine: M
     engine = make_engine(tiny, slots=1, max_waiting=1)
 
     async def scenario() -> None:
-        running = engine.stream(_request(max_tokens=500))
+        running = engine.stream(_request(max_tokens=1500))
         await anext(running)
         waiting = asyncio.create_task(_collect(engine, _request("waiting")))
         while engine.stats().waiting == 0:
@@ -183,7 +183,7 @@ def test_cancelling_a_waiting_request_removes_it(tiny: PreTrainedModel, make_eng
     engine = make_engine(tiny, slots=1)
 
     async def scenario() -> None:
-        running = engine.stream(_request(max_tokens=800))
+        running = engine.stream(_request(max_tokens=1500))
         await anext(running)
         waiting = asyncio.create_task(_collect(engine, _request()))
         while engine.stats().waiting == 0:
@@ -306,16 +306,16 @@ def test_drain_waits_and_refuses(tiny: PreTrainedModel, make_engine: MakeEngine)
     engine = make_engine(tiny)
 
     async def scenario() -> list[TokenDelta]:
-        running = asyncio.create_task(_collect(engine, _request(max_tokens=100)))
+        running = asyncio.create_task(_collect(engine, _request(max_tokens=1000)))
         while engine.generation_tokens_total == 0:
             await asyncio.sleep(0.005)
         assert not await asyncio.to_thread(engine.drain, 0.0)
         with pytest.raises(EngineStoppedError, match="shutting down"):
             await anext(engine.stream(_request()))
-        assert await asyncio.to_thread(engine.drain, 30.0)
+        assert await asyncio.to_thread(engine.drain, 60.0)
         return await running
 
-    assert len(asyncio.run(asyncio.wait_for(scenario(), 60))) == 100
+    assert len(asyncio.run(asyncio.wait_for(scenario(), 120))) == 1000
 
 
 def test_close_ends_streams_and_removes_the_hooks(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:

@@ -34,7 +34,7 @@ from server.embedded.scripted import ScriptedEngine
 from server.embedded.serve import draining_server, reserve_port
 
 path = Path(sys.argv[1])
-engine, traffic = ScriptedEngine(script=" ".join(["word"] * 40), delay=0.03), Traffic()
+engine, traffic = ScriptedEngine(script=" ".join(["word"] * 40), delay=0.15), Traffic()
 app = create_app(Package.read(path), engine, ServeConfig(package=path), traffic=traffic)
 listener = reserve_port("127.0.0.1", 0)
 server = draining_server(app, engine, traffic, 20, f"ready on http://127.0.0.1:{listener.getsockname()[1]}")
@@ -110,7 +110,7 @@ def test_an_idle_server_stops_at_once(server: Any) -> None:
     with httpx.Client() as client:  # a kept-alive connection must not hold it up
         assert client.get(f"{server.url}/health").status_code == 200
         server.uvicorn.handle_exit(signal.SIGTERM, None)
-        server.thread.join(3)
+        server.thread.join(4)  # uvicorn would give it five seconds
     assert not server.thread.is_alive()
 
 

@@ -133,7 +133,7 @@ async def test_a_client_that_hangs_up_frees_its_slots(
         if stream:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 OK")
         assert await asyncio.to_thread(wait_for, lambda: engine.running == 2 and engine.waiting == 1)
-    assert await asyncio.to_thread(wait_for, lambda: engine.running == engine.waiting == 0, 1.0)
+    assert await asyncio.to_thread(wait_for, lambda: engine.running == engine.waiting == 0)
     assert len(engine.cancelled) == 3
     assert await asyncio.to_thread(wait_for, lambda: server.traffic.active == 0)
     async with AsyncClient(base_url=server.url) as client:
@@ -153,18 +153,18 @@ async def test_a_client_that_hangs_up_while_it_sends(server: Any, wait_for: Call
 
 
 async def test_events_arrive_as_they_are_made(server: Any, engine: ScriptedEngine) -> None:
-    engine.delay = 0.05
+    engine.delay = 0.4
     loop, times = asyncio.get_running_loop(), []
     async with AsyncClient(base_url=server.url) as client:
         async with client.stream("POST", "/v1/chat/completions", json=CHAT) as response:
             async for line in response.aiter_lines():
                 if '"content":' in line:
                     times.append(loop.time())
-    assert times[-1] - times[1] > 0.06, "the stream was held back and sent at once"
+    assert times[-1] - times[1] > 0.4, "the stream was held back and sent at once"
 
 
 async def test_a_draining_server_refuses_new_work_and_finishes_the_old(server: Any, engine: ScriptedEngine) -> None:
-    engine.delay = 0.05
+    engine.delay = 0.5
     async with AsyncClient(base_url=server.url) as client:
         async with client.stream("POST", "/v1/chat/completions", json=CHAT) as running:
             server.uvicorn.handle_exit(signal.SIGTERM, None)

@@ -68,7 +68,7 @@ async def client(app: Application) -> AsyncIterator[AsyncClient]:
 async def test_requests_in_flight_end_on_their_version_and_new_ones_begin_on_the_new(
     client: AsyncClient, engine: ScriptedEngine, shelf: Shelf, package: Package, tmp_path: Path
 ) -> None:
-    engine.script, engine.delay = "old " * 9 + "end", 0.05
+    engine.script, engine.delay = "old " * 9 + "end", 0.4
     second = version_of(package, tmp_path / "second", version="2.0")
     shelf.next = [second]
     in_flight = asyncio.create_task(client.post(PATH, json=CHAT))
@@ -169,7 +169,7 @@ async def test_reloads_are_for_admins_one_at_a_time(
 async def test_closing_ends_every_version(
     app: Application, client: AsyncClient, engine: ScriptedEngine, shelf: Shelf, package: Package
 ) -> None:
-    engine.script, engine.delay = "word " * 1000, 0.02
+    engine.script, engine.delay = "word " * 1000, 0.1
     shelf.next = [package]
     stream = asyncio.create_task(client.post(PATH, json=CHAT | {"max_tokens": 60, "stream": True}))
     while not engine.running:

@@ -161,7 +161,10 @@ async def test_a_guardrail_on_measured_kl_stops_the_experiment(
     body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "steering": {"experiment": "tone"}}
     answers = [await call(admin, "POST", "chat/completions", body | {"user": f"u{n}"}) for n in range(150)]
     steered = [answer for answer in answers if answer["steering"]["atoms"]]
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(10):
+        while len(engine.scored) < len(steered):
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # what is scored last is stored
     state.recorder.erase("nobody at all").result(10)
 
     assert len(engine.scored) == len(steered) < 150, "an unsteered answer needs no reading"
