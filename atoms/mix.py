@@ -104,3 +104,8 @@ def parse_mix(entries: str | Sequence[str]) -> dict[str, float]:
                 raise MixError(f"atom {name.strip()!r} occurs twice in the mix; give it one coefficient")
             parsed[name.strip()] = value
     return parsed
+
+
+def mix_text(coefficients: Mapping[str, float], separator: str = ",") -> str:
+    """``a=2,b=-1``, as `parse_mix` reads it; "unsteered" for none."""
+    return separator.join(f"{name}={value:g}" for name, value in coefficients.items()) or "unsteered"

@@ -1,7 +1,7 @@
 """Is attribution right? Two checks on a package and the working directory that it came from.
 
-    python bench/attribution.py ranks   --package demo/package --work demo/work [--json FILE]
-    python bench/attribution.py retrain --package demo/package --work demo/work --data offline/data/demo_documents.jsonl
+    python -m bench.attribution ranks   --package demo/package --work demo/work [--json FILE]
+    python -m bench.attribution retrain --package demo/package --work demo/work --data offline/data/demo_documents.jsonl
                    [--model DIR] [--atoms 3] [--leave 20] [--documents N] [--draws 2] [--batch-documents N] [--json FILE]
 
 ranks: for every held-out document, training documents are ranked by what two documents share in the dictionary (the inner
@@ -39,15 +39,15 @@ from atoms.detectors import DETECTORS
 from atoms.model import choose_device, choose_dtype, load_model, render_prompt
 from atoms.package import Package
 from atoms.projection import RowWhitening, sparse_codes
-from offline.calibrate import make_batches
 from offline.config import FinetuneConfig
-from offline.corpus import EncodedDocument, encode_corpus, read_corpus, split_held_out
-from offline.evaluation.prompts import demo_data, read_prompts
+from offline.corpus import EncodedDocument, encode_corpus, make_batches, read_corpus, split_held_out
+from offline.evaluation.prompts import read_prompts
 from offline.finetune import finetune
 from offline.gradients import label_logits, mean_losses
-from offline.models import frozen_lora
+from offline.lora import frozen_lora
 from offline.progress import Progress
 from offline.rows import RowStore
+from offline.shipped import shipped_file
 
 TOP, ANSWER_TOKENS = 20, 40
 RETRAINING = ("model", "data", "atoms", "leave", "documents", "draws", "batch_documents")
@@ -91,8 +91,8 @@ def main() -> None:
 
 def ranks(package: Package, store: RowStore, training: Sequence[int], held_out: Sequence[int]) -> list[dict]:
     """One row a predictor: mean rank correlation with both influences over the held-out documents, and top-20 overlap."""
-    train, test = store.rows(training), store.rows(held_out)
-    raw_train, raw_test = store.uncentred(training), store.uncentred(held_out)
+    train, test = store.whitened_rows(training), store.whitened_rows(held_out)
+    raw_train, raw_test = store.stored_rows(training), store.stored_rows(held_out)
     truths = {"influence": raw_test @ raw_train.T, "centred": test @ train.T}
     predictors = {**_predictors(package, train, test), "norm": _norm(store, training, held_out)}
     print(f"{len(held_out)} held-out against {len(training)} training documents")
@@ -156,14 +156,17 @@ def retrain(
     documents = encode_corpus(read_corpus(options.data), tokenizer, record["max_length"]).documents
     tensors = package.projection_tensors
     settings = record["dictionary"]
-    codes = {kind: sparse_codes(store.rows(rows), tensors["dictionary"], settings["alpha"], nonnegative=settings["nonnegative"])
-             for kind, rows in (("training", training), ("held out", held_out))}  # fmt: skip
+    codes = {
+        kind: sparse_codes(store.whitened_rows(rows), tensors["dictionary"], settings["alpha"],
+                           nonnegative=settings["nonnegative"])
+        for kind, rows in (("training", training), ("held out", held_out))
+    }  # fmt: skip
     cards = sorted(
         zip(package.manifest.atoms, tensors["dictionary_index"].tolist()),
         key=lambda pair: (pair[0].alias not in DETECTORS, -pair[0].coherence.raw),
     )
     chosen = cards[: options.atoms]
-    asked = {card.alias: [p.prompt for p in read_prompts(demo_data("demo_prompts")) if p.behaviour == card.alias]
+    asked = {card.alias: [p.prompt for p in read_prompts(shipped_file("demo_prompts")) if p.behaviour == card.alias]
              for card, _ in chosen if card.alias in DETECTORS}  # fmt: skip
     top = {index: _strongest(codes["training"][:, index], training, options.leave) for _, index in chosen}
     base = _subset(training, top, options.documents)

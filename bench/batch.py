@@ -12,15 +12,13 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from atoms.package import Package
+from bench.machine import machine
 from clients.batch import BatchConfig, answer_all, scan_input
 from clients.batch_lines import Defaults
 from clients.batch_results import open_results
@@ -58,7 +56,6 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}"
     load = os.getloadavg()[0]
     rates: dict[str, list[float]] = {"batch": [], "one by one": []}
     with tempfile.TemporaryDirectory() as directory:
@@ -72,13 +69,13 @@ def main() -> None:
                     print(f"{name:>10}: {rates[name][-1]:.1f} tok/s", file=sys.stderr, flush=True)
     ratios = [batch / single for batch, single in zip(rates["batch"], rates["one by one"], strict=True)]
     found = {
-        "machine": machine, "load": load, "lines": args.lines, "tokens": args.tokens, "slots": args.slots,
+        "machine": machine(), "load": load, "lines": args.lines, "tokens": args.tokens, "slots": args.slots,
         "tokens_per_second": rates, "ratios": ratios,
     }  # fmt: skip
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{machine}, load {load:.1f} before; {args.lines} lines of {args.tokens} tokens, {args.slots} slots")
+    print(f"{machine()}, load {load:.1f} before; {args.lines} lines of {args.tokens} tokens, {args.slots} slots")
     for name, values in rates.items():
         print(f"{name:>10}: {' '.join(f'{value:.1f}' for value in values)} tok/s")
     print(

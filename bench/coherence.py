@@ -1,6 +1,6 @@
 """The best atoms of a package, with the task labels of their top documents.
 
-    python bench/coherence.py --package demo/package --data offline/data/demo_documents.jsonl [--count 20]
+    python -m bench.coherence --package demo/package --data offline/data/demo_documents.jsonl [--count 20]
 
 Labels (`task` of each row, matched by `id`) are read here for scoring only; discovery never reads them.
 """

@@ -1,6 +1,6 @@
 """The cost model of docs/cost-model.md: its formulas at any size, and the dictionary's checked against measured points.
 
-    python bench/cost_model.py [--documents 1000000] [--tokens 60] [--atoms 10000] [--components 6800] [--kept 500]
+    python -m bench.cost_model [--documents 1000000] [--tokens 60] [--atoms 10000] [--components 6800] [--kept 500]
                                [--pass-rate 200] [--flops 1e11] [--row-seconds 1e-4] [--json FILE]
 
 --pass-rate: tokens a second of one forward and backward pass; --flops: of large float32 products; --row-seconds: to code one
@@ -21,7 +21,14 @@ import torch
 
 from offline.config import CalibrateConfig, CurvatureConfig, DictionaryConfig, SteeringConfig
 from offline.dictionary import learn_dictionary
-from offline.plan import DICTIONARY_PASSES, made_up_rows
+from offline.plan import (
+    BYTES_OF_CODES,
+    DICTIONARY_PASSES,
+    dictionary_bytes,
+    dictionary_operations,
+    made_up_rows,
+    row_bytes,
+)
 from offline.progress import Progress
 
 FITTED = ((1024, 32, 2000), (1024, 128, 2000), (2048, 128, 2000), (2048, 128, 6000), (2048, 512, 2000))
@@ -33,12 +40,6 @@ WHITENING_OPERATIONS = 26 * 144
 HELD_OUT = DictionaryConfig().held_out
 SCALE_STEPS = 3
 """Trials until an atom costs 0.05 nats at ±1, at most five."""
-
-
-def product_operations(rows: int, count: int, dim: int) -> dict[str, float]:
-    """Floating-point operations of the products of one alternation of offline/dictionary.py: of rows and atoms, and the Gram
-    matrix with a sweep of atoms. A row's code and its part of AᵀA and AᵀX take a time of their own."""
-    return {"rows × atoms": 2 * rows * count * dim, "Gram matrix, update of atoms": 2 * 2 * count**2 * dim}
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def measure(rows: int, count: int, dim: int) -> dict[str, float]:
         config = DictionaryConfig(atoms=count, iterations=ITERATIONS)
         learn_dictionary(store, range(rows), config, 0, Progress(quiet=True))
         seconds = time.process_time() - started
-    operations = ITERATIONS * sum(product_operations(rows, count, dim).values())
+    operations = ITERATIONS * sum(dictionary_operations(rows, count, dim).values())
     return {"rows": rows, "atoms": count, "dim": dim, "seconds": seconds, "operations": operations}
 
 
@@ -97,7 +98,7 @@ def project(options: argparse.Namespace) -> Mapping[str, str]:
     """The model at the size asked for."""
     documents, count, dim = options.documents, options.atoms, options.components
     tokens = documents * options.tokens
-    operations = product_operations(documents, count, dim)
+    operations = dictionary_operations(documents, count, dim)
     path, curvature, calibration = SteeringConfig(), CurvatureConfig(), CalibrateConfig()
     steps = path.steps * path.documents  # passes over a document, which counts as one of the corpus though it is cut
     hours = {name: DICTIONARY_PASSES * value / options.flops / 3600 for name, value in operations.items()}
@@ -110,12 +111,12 @@ def project(options: argparse.Namespace) -> Mapping[str, str]:
         "factors and eigenvalues": _hours(sampled * options.tokens / options.pass_rate / 3600),
         "gradients": _hours(tokens / options.pass_rate / 3600),
         "whitening": _hours(WHITENING_OPERATIONS * documents * dim / options.flops / 3600),
-        "rows on disk": f"{documents * (4 * dim + 16) / 2**30:,.0f} GiB, and sketches",
+        "rows on disk": f"{documents * row_bytes(dim, 0) / 2**30:,.0f} GiB, and sketches",
         **{f"dictionary, {DICTIONARY_PASSES} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
         f"directions of {options.kept} atoms": _hours(options.kept * steps * options.tokens / options.pass_rate / 3600),
-        "atoms, AᵀX and their copies in memory": f"{20 * count * dim / 2**30:,.1f} GiB",
-        "codes and lengths of all documents (selection)": f"{150 * documents / 2**30:,.2f} GiB",
+        "atoms, AᵀX and their copies in memory": f"{dictionary_bytes(count, dim) / 2**30:,.1f} GiB",
+        "codes and lengths of all documents (selection)": f"{BYTES_OF_CODES * documents / 2**30:,.2f} GiB",
         f"cosines of held-out documents, {options.kept} atoms": f"{4 * HELD_OUT * documents * options.kept / 2**30:,.2f} GiB",
         f"calibration of {options.kept} atoms": _hours(
             options.kept * (2 * SCALE_STEPS + len(calibration.coefficients) - 2) / passes_an_hour

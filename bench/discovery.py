@@ -1,6 +1,6 @@
 """Discovery beside the plainest way of doing the same, both in one run: ratios as a table, and as JSON.
 
-    python bench/discovery.py [gradients] [dictionary] [kronfluence] [memory] [scale] [--model DIR] [--data FILE]
+    python -m bench.discovery [gradients] [dictionary] [kronfluence] [memory] [scale] [--model DIR] [--data FILE]
         [--documents 48] [--rounds 2] [--dtype float32] [--batch-tokens 1024] [--rows 2000] [--rows-from WORK] [--atoms 200]
         [--kronfluence DIR] [--json FILE]
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch import Tensor
 from atoms.model import DTYPES, load_model
 from atoms.projection import Projection, SparseCoder
 from atoms.space import LoRASpace
+from bench.machine import machine
 from clients.options import quiet_libraries
 from offline.config import (
     CurvatureConfig,
@@ -45,6 +45,7 @@ from offline.config import (
     SelectConfig,
 )
 from offline.corpus import Batch, EncodedDocument, collate, encode_corpus, plan_batches, read_corpus, sample_documents
+from offline.cpu_passes import quicken
 from offline.curvature import (
     CovarianceSink,
     Eigenfactors,
@@ -54,19 +55,18 @@ from offline.curvature import (
     sample_labels,
     sampled_pass,
 )
+from offline.demo_model import prepare_demo_model
 from offline.dictionary import learn_dictionary
-from offline.evaluation.prompts import demo_data
 from offline.finetune import finetune
 from offline.gradients import lora_linear, sum_losses
-from offline.models import new_lora, prepare_demo_model
-from offline.passes import quicken
+from offline.lora import new_lora
 from offline.pipeline import discover
 from offline.plan import made_up_rows
 from offline.progress import Progress
 from offline.rows import RowStore, write_rows
+from offline.shipped import shipped_file
 
 QUIET = Progress(quiet=True)
-PARTS = ("gradients", "dictionary", "memory", "kronfluence", "scale")
 ALPHA = 0.1
 FEWER = (2, 3, 4, 6, 8, 12, 16, 24)
 """Iterations of the dictionary, tried in turn until it is as good as scikit-learn's."""
@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path(str(demo_data("demo_documents"))))
+    parser.add_argument("--data", type=Path, default=shipped_file("demo_documents"))
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the gradients' model")
@@ -92,14 +92,14 @@ def main() -> None:
     parser.add_argument("--kronfluence", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(PARTS):
+    if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     options.model = (options.model or prepare_demo_model(Path(".cache/models"))).resolve()
     quiet_libraries()
-    result: dict[str, Any] = {"machine": machine(), "model": options.model.name}
+    result: dict[str, Any] = {"machine": machine("cpu"), "model": options.model.name}
     print(result["machine"])
-    for part in options.parts or PARTS[:3]:
-        result[part] = globals()[f"measure_{part}"](options)
+    for part in options.parts or DEFAULT_PARTS:
+        result[part] = PARTS[part](options)
         print(f"\n{part}\n" + table(result[part]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -124,7 +124,7 @@ def measure_gradients(options: argparse.Namespace) -> list[dict[str, object]]:
             renumbered = [replace(document, row=n) for n, document in enumerate(mine)]
             out = Path(folder)
             _, ours = timed(lambda d=renumbered, f=out: write_rows(quick, projection, d, limit, f, QUIET))
-            found = RowStore(out).uncentred(range(len(mine)))
+            found = RowStore(out).stored_rows(range(len(mine)))
         matrix, theirs = timed(lambda d=mine: one_by_one(plain, space, d))
         expected = torch.stack([projection.project(space.unflatten(gradient)) for gradient in matrix])
         rows.append({
@@ -180,7 +180,7 @@ def measure_dictionary(options: argparse.Namespace) -> list[dict[str, object]]:
             else made_up_rows(Path(folder), options.rows, 6000, options.atoms)
         )
         everyone = torch.randperm(len(store), generator=torch.Generator().manual_seed(SEED))[: options.rows].tolist()
-        training, unseen = everyone[len(everyone) // 7 :], store.rows(everyone[: len(everyone) // 7])
+        training, unseen = everyone[len(everyone) // 7 :], store.whitened_rows(everyone[: len(everyone) // 7])
 
         def measured(**learner: Any) -> dict[str, Any]:
             config = DictionaryConfig(atoms=options.atoms, alpha=ALPHA, **learner)
@@ -250,7 +250,7 @@ def measure_kronfluence(options: argparse.Namespace) -> list[dict[str, object]]:
         return {"documents": torch.tensor([d.row for d in group]), "attention_mask": collate(group).attention_mask}
 
     ours = CovarianceSink(space)
-    sampled_pass(model, space, documents, 512, SEED, ours, QUIET.task, "covariances", before=ours.start)
+    sampled_pass(model, space, documents, 512, SEED, ours, QUIET, "covariances")
     with tempfile.TemporaryDirectory() as folder:
         wrapped = prepare_model(model, SampledLabels())
         analyzer = Analyzer("bench", wrapped, SampledLabels(), cpu=True, disable_tqdm=True, output_dir=folder)
@@ -364,13 +364,22 @@ def child_learn(folder: str, count: str) -> None:
     print(json.dumps([time.process_time() - started, learned.objectives[-1]]))
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, object]]]] = {
+    "gradients": measure_gradients,
+    "dictionary": measure_dictionary,
+    "memory": measure_memory,
+    "kronfluence": measure_kronfluence,
+    "scale": measure_scale,
+}
+DEFAULT_PARTS = ("gradients", "dictionary", "memory")
 CHILDREN: dict[str, Callable[..., None]] = {"batch": child_batch, "discover": child_discover, "learn": child_learn}
 
 
 def run_apart(arguments: Sequence[str]) -> tuple[str, float, float]:
     """(what a child of this file prints, peak of its anonymous memory in MiB, its wall seconds)."""
     started = time.monotonic()
-    child = subprocess.Popen([sys.executable, __file__, "--child", *arguments], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "bench.discovery", "--child", *arguments]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0
     while child.poll() is None:
         peak = max(peak, anonymous_kib(child.pid))
@@ -422,10 +431,6 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     started = time.monotonic()
     value = work()
     return value, time.monotonic() - started
-
-
-def machine() -> str:
-    return f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:

@@ -26,9 +26,10 @@ from atoms.mix import Mix
 from atoms.model import choose_device, load_model, merge_adapter
 from atoms.package import Package
 from atoms.steered import SteeredModel
-from offline.calibrate import MEASURED_IN, DriftMeter, continuations, make_batches
-from offline.evaluation.prompts import read_neutral_prompts
+from offline.calibrate import MEASURED_IN, DriftMeter, continuations
+from offline.corpus import make_batches
 from offline.progress import Progress
+from offline.shipped import read_neutral_prompts
 
 NATS = (0.02, 0.5)
 MOST_ATOMS = 8
@@ -94,7 +95,7 @@ def measured_matrix(package: Package, meter: DriftMeter, progress: Progress) -> 
     directions = [package.bank.direction(Mix.of({card.id: 1.0})) for card in package.manifest.atoms]
     with progress.task("drift matrix", sum(len(b.documents) for b in meter.batches), "prompts") as bar:
         drift = meter.drift_matrix(directions, bar)
-    meter.steered.close()
+    meter.close()
     return drift
 
 

@@ -1,6 +1,6 @@
 """Throughput of the embedded engine with mixes, without its packed weights, and of `generate` one request at a time.
 
-    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python bench/embedded_decode.py MODEL [--cells 16x3 generate] [--json FILE]
+    OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=2000 python -m bench.embedded_decode MODEL [--cells 16x3 generate] [--json FILE]
 
 A cell KxJ has K distinct mixes of J atoms each, all never seen before, over the rows; 0x0 is the engine against itself.
 `steps` compares single decode steps of two batches on one model, 16 mixes of 3 atoms against none, one step of each in
@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -34,6 +33,7 @@ from atoms.mix import Mix
 from atoms.model import DTYPES, choose_device, choose_dtype
 from atoms.space import LoRAModule, LoRASpace
 from atoms.steered import PackedBank, SteeredModel
+from bench.machine import machine
 from server.embedded.attention import group_heads
 from server.embedded.batcher import Batcher, Job
 from server.embedded.detokenize import TokenBytes
@@ -56,15 +56,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rates = measure(args)
-    machine = f"{processor()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
-    print(f"{machine}; {args.dtype}, {args.rows} rows, {args.tokens} tokens, {args.rounds} pairs a cell")
+    cells = f"{args.dtype}, {args.rows} rows, {args.tokens} tokens, {args.rounds} pairs a cell"
+    print(f"{machine()}, load {os.getloadavg()[0]:.1f}; {cells}")
     ratios = {}
     for cell, pairs in rates.items():
         low, middle, high = ratios[cell] = interval([rate / base for base, rate in pairs])
         base, rate = (statistics.median(values) for values in zip(*pairs, strict=True))
         print(f"{cell:>10}: {rate:6.1f} tokens/s, unsteered {base:6.1f}, ratio {middle:.3f} [{low:.3f}, {high:.3f}]")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rates": rates, "ratios": ratios}, indent=1) + "\n")
+        found = {"machine": machine(), "load": os.getloadavg()[0], "rates": rates, "ratios": ratios}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
@@ -189,15 +190,6 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     ordered, n = sorted(values), len(values)
     rank = max(0, int(binom.ppf(0.025, n, 0.5)) - 1)
     return ordered[rank], statistics.median(ordered), ordered[n - 1 - rank]
-
-
-def processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

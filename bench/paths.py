@@ -3,7 +3,7 @@
     python -m bench.paths --package PKG --data FILE.jsonl --label bulleted-list=bulleted_list --label fenced-code=code
                           [--only default,"own prompts"] [--nats 0.2 0.4] [--temperature 0.7] [--json FILE]
 
-Paths (offline/steering.py) of documents with a behaviour's label (`task` of each line), so that the path is judged apart from
+Paths (offline/paths.py) of documents with a behaviour's label (`task` of each line), so that the path is judged apart from
 the dictionary. Each is scaled to the measured --nats along twelve unsteered answers; its answers to the neutral development
 prompts give the rate and the share that is degenerate. Directions are kept in --work, as are answers.
 """
@@ -35,22 +35,24 @@ from clients.harness import open_harness
 from offline.config import PASS_TOKENS, SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer, Decoding
-from offline.evaluation.controls import control_direction, projection_of
+from offline.evaluation.controls import Control, control_direction, projection_of
 from offline.evaluation.document_controls import DocumentGroups, read_labels, sample_labelled
 from offline.evaluation.measures import degenerate_share, rate
-from offline.evaluation.prompts import choose_prompts, demo_data, read_prompts
-from offline.models import frozen_lora
+from offline.evaluation.prompts import choose_prompts, read_prompts
+from offline.lora import frozen_lora
+from offline.paths import PathMaker
 from offline.progress import Progress
-from offline.steering import PathMaker
+from offline.record import recorded_settings
+from offline.shipped import shipped_file
 from server.embedded.load import EngineOptions, load_base
 
 UNSTEERED = "unsteered"
-MAX_LENGTH, FIELD = 512, "task"
+FIELD = "task"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings, and functions of offline/steering.py that are replaced."""
+    """Settings, and functions of offline/paths.py that are replaced."""
 
     config: SteeringConfig = SteeringConfig()
     replaced: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -90,7 +92,7 @@ VARIANTS = {
     "six steps": Variant(SteeringConfig(steps=6)),
     "6 tokens": Variant(SteeringConfig(tokens=6)),
     "24 tokens": Variant(SteeringConfig(tokens=24)),
-    "whole responses": Variant(SteeringConfig(tokens=MAX_LENGTH)),
+    "whole responses": Variant(SteeringConfig(tokens=10**6)),
     "own prompts": Variant(replaced={"prepared": with_prompts(exchanged=False)}),
     "others' prompts": Variant(replaced={"prepared": with_prompts(exchanged=True)}),
     "shared part left in": Variant(replaced={"downhill": without(0.0)}),
@@ -131,8 +133,9 @@ def directions(
     package: Package, labels: Mapping[str, str], names: Sequence[str], options: argparse.Namespace, progress: Progress
 ) -> dict[tuple[str, str], Direction]:
     """(variant, behaviour) -> its path, made where it is not in `options.work` yet."""
-    common = [package.manifest.base_model.weights, package.manifest.adapter_hash, sha256_file(options.data), options.documents,
-              options.dtype]  # fmt: skip
+    max_length = recorded_settings(package)["max_length"]
+    common = [package.manifest.base_model.weights, package.manifest.adapter_hash, max_length, sha256_file(options.data),
+              options.documents, options.dtype]  # fmt: skip
 
     def file(name: str, behaviour: str) -> Path:
         variant = VARIANTS[name]
@@ -153,7 +156,8 @@ def make_paths(
 ) -> None:  # fmt: skip
     """Makes and writes the `missing` paths, one variant after the other: its documents' shared gradient is made once."""
     model, tokenizer = load_base(package, EngineOptions(dtype=options.dtype))
-    pool = encode_corpus(read_corpus(options.data), tokenizer, MAX_LENGTH).documents
+    max_length = recorded_settings(package)["max_length"]
+    pool = encode_corpus(read_corpus(options.data), tokenizer, max_length).documents
     found = read_labels(options.data, FIELD)
     wanted = DocumentGroups(options.data, FIELD, labels, options.documents)
     groups = {behaviour: sample_labelled(pool, found, wanted, label) for behaviour, label in labels.items()}
@@ -163,7 +167,7 @@ def make_paths(
         for name in dict.fromkeys(name for name, _ in missing):
             with ExitStack() as stack:
                 for function, other in VARIANTS[name].replaced.items():
-                    stack.enter_context(patch(f"offline.steering.{function}", other))
+                    stack.enter_context(patch(f"offline.paths.{function}", other))
                 maker = PathMaker.of(peft, space, pool, VARIANTS[name].config, PASS_TOKENS)
                 for behaviour in (b for n, b in missing if n == name):
                     write_tensors(missing[name, behaviour], maker.direction(groups[behaviour]))
@@ -174,7 +178,7 @@ def judge(
     package: Package, made: Mapping[tuple[str, str], Direction], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A row a behaviour unsteered, then one a variant, behaviour and strength."""
-    prompts = read_prompts(demo_data("evaluation_prompts"))
+    prompts = read_prompts(shipped_file("evaluation_prompts"))
     decoding = Decoding(options.max_tokens, options.temperature)
     projection = projection_of(package)
     with open_harness(
@@ -187,7 +191,7 @@ def judge(
             yield measured(UNSTEERED, behaviour, 0.0, unsteered)
             for name in dict.fromkeys(name for name, _ in made):
                 for nats in options.nats:
-                    scaled, kl = control_direction(projection, meter, made[name, behaviour], 1.0, nats)
+                    scaled, kl = control_direction(projection, meter, Control(name, made[name, behaviour]), nats)
                     mix = harness.directions.add(f"{name}, {behaviour}, {nats}", scaled)
                     (answers,) = harness.answerer.answer(asked, [mix])
                     yield measured(name, behaviour, kl, answers)

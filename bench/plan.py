@@ -1,6 +1,6 @@
 """The dry run against a real run: planned and taken seconds of every stage, and their ratio.
 
-    python bench/plan.py [--limit N] [--model DIR] [--data FILE] [--dir DIR] [--cpu] [--json FILE]
+    python -m bench.plan [--limit N] [--model DIR] [--data FILE] [--dir DIR] [--cpu] [--json FILE]
 
 Plans and then runs a discovery with the demo's settings on the first `--limit` documents (default: all) of the demo corpus,
 in a temporary directory or in `--dir` (`make demo DEMO=DIR` goes on with what lies there). A plan holds for the machine as
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from clients.demo import demo_config
 from offline.config import DiscoverConfig
-from offline.models import prepare_demo_model
+from offline.demo_model import prepare_demo_model
 from offline.pipeline import discover
 from offline.plan import describe, make_plan
 from offline.progress import Progress

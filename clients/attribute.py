@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from atoms.errors import DataError
-from atoms.model import choose_device, choose_dtype, load_model
 from atoms.package import Package
 from offline.attribute import Attribution, Attributor
 from offline.corpus import Document, parse_document, read_corpus
+from server.embedded.load import EngineOptions, load_base
 
 _PROMPT_WIDTH = 60
 
@@ -48,18 +48,15 @@ def given_documents(
 
 
 def print_attributions(
-    path: Path, documents: Sequence[Document], *, model: str | None, device: str, dtype: str, max_length: int | None,
-    batch_tokens: int, top: int, examples: int, as_json: bool,
+    path: Path, documents: Sequence[Document], options: EngineOptions, *, max_length: int | None, batch_tokens: int,
+    top: int, examples: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Prints one attribution a document, each as soon as its block is done. Truncated prompts are told on standard error."""
     package = Package.read(path)
-    reference = package.manifest.base_model
-    revision = reference.revision if model is None else None
-    place = choose_device(device)
-    loaded, tokenizer = load_model(model or reference.id, choose_dtype(place, dtype), place, revision)
+    model, tokenizer = load_base(package, options)
     evidence = {line["atom"]: line["documents"][:examples] for line in package.evidence()}
     console = Console()
-    with Attributor(package, loaded, tokenizer, max_length=max_length, batch_tokens=batch_tokens) as attributor:
+    with Attributor(package, model, tokenizer, max_length=max_length, batch_tokens=batch_tokens) as attributor:
         for attribution in attributor.attribute(documents):
             if attribution.truncated:
                 print(f"{attribution.document.id}: cut {attribution.truncated} prompt tokens from the left to fit "

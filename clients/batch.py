@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from atoms.errors import AtomsteerError, ConfigError, DataError
 from clients.batch_lines import Defaults, read_lines
 from clients.batch_requests import Asker, generated_tokens
-from clients.batch_results import CustomIds, Results, open_results, read_answered
+from clients.batch_results import CustomIds, Results, open_results
 from clients.connection import Connection, check_source, connect
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from server.embedded.load import EngineOptions
 
-_MOST_MIXES, _LONGEST_MIX = 10_000, 4096
+MOST_MIXES, _LONGEST_MIX = 10_000, 4096
 """What a scan counts one by one: so many different steerings, each of at most so many characters."""
 
 
@@ -109,7 +109,7 @@ def scan_input(config: BatchConfig, ids: CustomIds) -> Scan:
         scan.invalid += line.error is not None
         if line.error is None:
             mix = json.dumps(_steered_by(line.body), sort_keys=True)
-            if mix in scan.mixes or (len(scan.mixes) < _MOST_MIXES and len(mix) <= _LONGEST_MIX):
+            if mix in scan.mixes or (len(scan.mixes) < MOST_MIXES and len(mix) <= _LONGEST_MIX):
                 scan.mixes[mix] += 1
             else:
                 scan.other_mixes += 1
@@ -121,16 +121,6 @@ def _steered_by(body: Mapping[str, Any]) -> dict[str, Any]:
     steering = body.get("steering")
     by_unit = isinstance(steering, Mapping) and steering.get("experiment") is not None
     return {name: body.get(name) for name in ("model", "steering", *(("user", "metadata") if by_unit else ()))}
-
-
-def scan_for_dry_run(config: BatchConfig) -> Scan:
-    """As `run_batch` would see the files; nothing is written."""
-    ids = CustomIds()
-    try:
-        read_answered(config.out, ids, cut=False)
-        return scan_input(config, ids)
-    finally:
-        ids.close()
 
 
 async def answer_all(config: BatchConfig, results: Results, scan: Scan, connection: Connection) -> Outcome:
@@ -195,73 +185,3 @@ def _progress(quiet: bool) -> Progress:
         TextColumn("{task.fields[rate]:.1f} tok/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=Console(file=sys.stderr), disable=quiet,
     )  # fmt: skip
-
-
-def preview_mixes(
-    scan: Scan, *, package: Path | None, server: str | None, key: str | None
-) -> Iterator[tuple[int, str, float | str]]:
-    """For each steering of a scan: its lines, what was asked for, and its predicted KL or why it is refused.
-
-    Loads no model.
-    """
-    if server is not None:
-        from clients.server_api import ServerAnswerError, ServerAPI
-
-        with ServerAPI(server, key) as api:
-            for asked, count in scan.mixes.most_common():
-                request = json.loads(asked)
-                try:
-                    echo = api.call("POST", "steering/preview", {k: v for k, v in request.items() if v is not None})
-                    yield count, asked_text(request, echo["steering"].get("arm")), echo["steering"]["predicted_kl"]
-                except ServerAnswerError as error:
-                    if error.status is None:
-                        raise
-                    yield count, asked_text(request), str(error)
-                except (KeyError, TypeError, AttributeError) as error:
-                    raise ConfigError(f"{server} previews no steering; is it an atomsteer server?") from error
-        return
-    from atoms.package import Package
-    from server.config import ServeConfig
-    from server.errors import RequestError
-    from server.steering import Steering
-
-    assert package is not None
-    steering = Steering.of(Package.read(package), ServeConfig(package=package))
-    for asked, count in scan.mixes.most_common():
-        request = json.loads(asked)
-        try:
-            preset = steering.preset_of_model(request["model"] or steering.served_name)
-            yield count, asked_text(request), steering.resolve(request["steering"], model_preset=preset).predicted_kl
-        except (AtomsteerError, RequestError) as error:
-            yield count, asked_text(request), str(error)
-
-
-def asked_text(request: Mapping[str, Any], arm: str | None = None) -> str:
-    """A request's steering for people; of an experiment, with the arm that its unit has."""
-    steering, model = request["steering"], request["model"]
-    if not steering:
-        return "unsteered" if not model or ":" not in model else f"model {model}"
-    text = json.dumps(steering, ensure_ascii=False)
-    return text if "user" not in request else f"{text}: {f'arm {arm}' if arm else 'no arm'}"
-
-
-def print_dry_run(config: BatchConfig, *, package: Path | None, server: str | None, key: str | None) -> None:
-    """Prints what a run would do: lines, what is done, and the predicted KL of each mix."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    check_source(package, server)
-    scan = scan_for_dry_run(config)
-    table = Table(title=f"{scan.lines} lines: {scan.answered} answered, {scan.lines - scan.answered} to do, {scan.invalid} "
-                  "that hold no request", title_justify="left")  # fmt: skip
-    for heading in ("lines", "steering", "predicted KL, nats a token"):
-        table.add_column(heading, overflow="fold")
-    rows: Counter[tuple[str, float | str]] = Counter()
-    for count, asked, kl in preview_mixes(scan, package=package, server=server, key=key):
-        rows[asked, kl] += count  # units of one arm are one row
-    for (asked, kl), count in rows.most_common():
-        table.add_row(str(count), Text(asked), Text(f"refused: {kl}" if isinstance(kl, str) else f"{kl:.4f}"))
-    if scan.other_mixes:
-        table.add_row(str(scan.other_mixes), f"beyond {_MOST_MIXES} different ones, or too long", "not looked up")
-    Console(width=max(120, Console().width)).print(table)

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from atoms.errors import AtomsteerError
-from atoms.mix import parse_mix
+from atoms.mix import mix_text, parse_mix
 from clients.connection import Connection, connect
 from clients.terminal import line_reader
 
@@ -120,7 +120,7 @@ class Chat:
         return [f"{done}{comma}{atom}=" for atom in self.atoms if atom.startswith(name)]
 
     def described(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in self.mix.items()) or "unsteered"
+        return mix_text(self.mix, ", ")
 
     async def _ask(
         self, messages: list[dict[str, str]], mix: dict[str, float], sampling: dict[str, Any], **more: Any

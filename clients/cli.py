@@ -1,5 +1,4 @@
-"""The `atomsteer` command. Its subcommands are in `commands/`, `experiment.py`, `preset.py`, `database.py`
-and `keys.py`.
+"""The `atomsteer` command. Its subcommands are in `commands/`.
 
 Only typer is imported here and there; each command imports what it needs, so `--help` answers at once. Errors that
 atomsteer raises on purpose are printed without a traceback, and the exit status is 2.
@@ -12,8 +11,17 @@ from typing import Annotated
 
 import typer
 
-from clients import database, experiment, keys, preset
-from clients.commands import discovery, generation, measuring, packages, serving
+from clients.commands import (
+    database,
+    discovery,
+    experiment,
+    generation,
+    keys,
+    measuring,
+    packages,
+    preset,
+    serving,
+)
 
 app = typer.Typer(
     name="atomsteer",

@@ -26,6 +26,7 @@ from atoms.errors import EngineError
 from atoms.manifest import AtomCard
 from atoms.package import Package
 from clients.labels import label_from_detectors
+from clients.tables import LEAST_WIDTH
 from offline.config import (
     CalibrateConfig,
     CurvatureConfig,
@@ -34,18 +35,19 @@ from offline.config import (
     FinetuneConfig,
     SelectConfig,
 )
-from offline.evaluation.prompts import demo_data, read_prompts
+from offline.demo_model import prepare_demo_model
+from offline.evaluation.prompts import read_prompts
 from offline.memory import unbounded_environment
-from offline.models import prepare_demo_model
 from offline.pipeline import discover
 from offline.progress import Progress
+from offline.shipped import shipped_file
+from server.embedded.load import EngineOptions
 
 SHOWN_ATOMS = 4
 COEFFICIENTS = (-2.0, 0.0, 1.0, 2.0)
 PROMPTS_PER_ATOM = 2
 MAX_TOKENS = 40
 _START_SECONDS = 120
-_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Shown:
 def demo_config(directory: Path, model: Path) -> DiscoverConfig:
     """Sized for 15 minutes on two cores without bf16: one pass of training and one of gradients, few calibration tokens."""
     return DiscoverConfig(
-        model=str(model), data=demo_data("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
+        model=str(model), data=shipped_file("demo_documents"), out=directory / "package", name="demo", batch_tokens=768,
         work=directory / "work",
         finetune=FinetuneConfig(epochs=1.0),
         curvature=CurvatureConfig(factor_documents=48, eigenvalue_documents=64),
@@ -74,7 +76,7 @@ def demo_config(directory: Path, model: Path) -> DiscoverConfig:
 def run_demo(directory: Path, port: int) -> None:
     """Runs or resumes the demo in `directory`. Raises AtomsteerError."""
     started = time.monotonic()
-    progress, console = Progress(), Console(width=max(_WIDTH, Console().width))
+    progress, console = Progress(), Console(width=max(LEAST_WIDTH, Console().width), markup=False)
     package = _prepared_package(directory, progress)
     port = port or _free_port()
     progress.say(f"starting the server on port {port}")
@@ -94,7 +96,7 @@ def _prepared_package(directory: Path, progress: Progress) -> Package:
         progress.say("preparing the demo model")
         package = discover(demo_config(directory, prepare_demo_model(directory / "model").resolve()), progress)
     if not any(card.effects for card in package.manifest.atoms):
-        package = label_from_detectors(package, None, (2.0,), 2, 24, slots=32, progress=progress)
+        package = label_from_detectors(package, None, (2.0,), 2, 24, EngineOptions(slots=32), progress)
     return package
 
 
@@ -139,7 +141,7 @@ async def _ask(package: Package, base_url: str) -> list[Shown]:
     from openai import AsyncOpenAI
 
     heldout = [
-        row for row in read_prompts(demo_data("demo_prompts")) if row.kind == "neutral" and row.split == "heldout"
+        row for row in read_prompts(shipped_file("demo_prompts")) if row.kind == "neutral" and row.split == "heldout"
     ]
     async with AsyncOpenAI(base_url=base_url, api_key="none") as client:
 
@@ -167,7 +169,7 @@ def _print_comparison(console: Console, rows: Sequence[Shown]) -> None:
         for coefficient in COEFFICIENTS:
             table.add_column("unsteered" if coefficient == 0 else f"{coefficient:+g}", ratio=1, overflow="fold")
         table.add_row(*(answer.strip() for answer in shown.answers))
-        console.print(table, markup=False)
+        console.print(table)
 
 
 def _print_next_steps(console: Console, package: Package, directory: Path) -> None:
@@ -193,7 +195,7 @@ print(answer.choices[0].message.content)
 atomsteer inspect {directory / "package"}
 atomsteer generate --package {directory / "package"} --mix "{atom}=2" "How do I keep houseplants alive?"
 """
-    console.print(lines, markup=False, highlight=False, soft_wrap=True)
+    console.print(lines, highlight=False, soft_wrap=True)
 
 
 def _free_port() -> int:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from atoms.errors import ConfigError, DataError
 from atoms.package import Package
 from atoms.storage import write_bytes, write_json
-from clients.harness import TABLE_WIDTH, open_harness
+from clients.harness import open_harness
+from clients.tables import WIDE, print_table
 from offline.evaluation import figures
 from offline.evaluation.answers import Decoding
 from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.document_controls import DocumentControls, DocumentGroups, document_controls
 from offline.evaluation.evaluate import evaluate, goals_of
-from offline.evaluation.prompts import demo_data, read_prompts
+from offline.evaluation.prompts import read_prompts
 from offline.evaluation.results import (
     ATOM,
     UNSTEERED,
@@ -33,31 +32,25 @@ from offline.evaluation.results import (
 )
 from offline.progress import Progress
 from offline.report import write_report
+from offline.shipped import shipped_file
 from server.embedded.load import EngineOptions, load_base
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Documents for the controls made of them. `labels`: behaviour -> its label, where the two differ."""
-
-    data: Path
-    field: str
-    labels: Mapping[str, str]
-    most: int
 
 
 def run_evaluate(
     path: Path, config: EvaluateConfig, *, prompts: Path | None, out: Path | None, decoding: Decoding, options: EngineOptions,
-    labelled: Labelled | None = None, write_cards: bool = False, plots: bool = True, quiet: bool = False,
+    groups: DocumentGroups | None = None, write_cards: bool = False, plots: bool = True, quiet: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """Evaluates, or resumes in `out` (default: beside the package), and writes evaluation.json, .csv and figures there."""
+    """Evaluates, or resumes in `out` (default: beside the package), and writes evaluation.json, .csv and figures there.
+
+    `groups`: labelled documents, for the controls made of documents; of its labels only those that differ from their behaviour.
+    """
     config.check_decoding(decoding)
     if plots:
         figures.require_matplotlib()
     package, progress = Package.read(path), Progress(quiet=quiet)
-    prompts = prompts or demo_data("evaluation_prompts")
+    prompts = prompts or shipped_file("evaluation_prompts")
     work = out or path.with_name(path.name + ".evaluation")
-    documents = _document_controls(package, config, prompts, labelled, work, options, progress) if labelled else None
+    documents = _document_controls(package, config, prompts, groups, work, options, progress) if groups else None
     with open_harness(package, work, decoding, options) as harness:
         evaluation = evaluate(harness, prompts, config, work, progress, documents)
     write_json(work / "evaluation.json", evaluation.as_json())
@@ -71,7 +64,7 @@ def run_evaluate(
                 figures.save(figure, work / name)
     if write_cards:
         write_report(package.update(cards_with_effects(package.manifest.atoms, evaluation)))
-    Console(width=max(TABLE_WIDTH, Console().width)).print(evaluation_table(evaluation))
+    print_table(evaluation_table(evaluation), WIDE)
     _print_end(evaluation, work, path if write_cards else None)
     return evaluation
 
@@ -112,7 +105,7 @@ def _cells(result: GoalResult, condition: Condition, place: int) -> list[str]:
         name = "unsteered (no setting within the limits)"
     return [
         str(result.goal) if place == 0 else "", name, str(rate.n),
-        f"{rate.share:.0%} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]", _difference(change),
+        str(rate), _difference(change),
         f"{change.p_holm:.2g}" if change and condition.name == ATOM else "", _difference(condition.atom_beyond),
         f"{condition.kl:.3f}", "" if condition.predicted_kl is None else f"{condition.predicted_kl:.3f}",
         f"{condition.perplexity:.1f}", f"{condition.form.degenerate:.0%}", f"{condition.form.tokens:.0f}",
@@ -126,21 +119,21 @@ def _difference(comparison: Comparison | None) -> str:
 
 
 def _document_controls(
-    package: Package, config: EvaluateConfig, prompts: Path, labelled: Labelled, work: Path, options: EngineOptions,
+    package: Package, config: EvaluateConfig, prompts: Path, groups: DocumentGroups, work: Path, options: EngineOptions,
     progress: Progress,
 ) -> DocumentControls:  # fmt: skip
     """Directions for every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped
     again."""
     rows = read_prompts(prompts)
-    if unknown := set(labelled.labels) - {row.behaviour for row in rows}:
+    if unknown := set(groups.labels) - {row.behaviour for row in rows}:
         known = ", ".join(sorted({row.behaviour for row in rows}))
         raise ConfigError(f"--label names {', '.join(sorted(unknown))}, but the prompts are of {known}")
     behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(rows, config))
-    labels = {behaviour: labelled.labels.get(behaviour, behaviour) for behaviour in behaviours}
-    if not labelled.data.is_file():
-        raise DataError(f"{labelled.data} does not exist or is no file; give the labelled documents with --data")
-    groups = DocumentGroups(labelled.data, labelled.field, labels, labelled.most, config.random_controls, config.seed)
-    made = document_controls(package, groups, lambda: load_base(package, options), work / "documents", progress)
+    labels = {behaviour: groups.labels.get(behaviour, behaviour) for behaviour in behaviours}
+    if not groups.data.is_file():
+        raise DataError(f"{groups.data} does not exist or is no file; give the labelled documents with --data")
+    wanted = replace(groups, labels=labels, draws=config.random_controls, seed=config.seed)
+    made = document_controls(package, wanted, lambda: load_base(package, options), work / "documents", progress)
     gc.collect()  # the unmerged model
     return made
 

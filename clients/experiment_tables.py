@@ -1,26 +1,42 @@
-"""Experiments and their metrics as tables for the terminal."""
+"""Experiments and their metrics in words and tables."""
 
 from __future__ import annotations
 
-import json
+from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from clients.preset import mix_text
-
-_LEAST_WIDTH = 120
-"""Columns of a table where the output is no terminal, or a narrow one: cells that fold everywhere cannot be read."""
+from atoms.mix import mix_text
 
 
-def print_table(table: Table) -> None:
-    """Prints it; names and descriptions are an operator's text and no markup."""
-    Console(width=max(Console().width, _LEAST_WIDTH), markup=False).print(table)
+def headline(report: dict[str, Any]) -> list[str]:
+    """What a reader must know first, a sentence a line; alarms begin with ALARM."""
+    experiment, units = report["experiment"], report["units"]
+    state = experiment["status"] + (f": {experiment['stop_reason']}" if experiment["stop_reason"] else "")
+    lines = [f"{experiment['name']}, {state}. As of {moment(report['at'])}.",
+             f"{sum(units.values())} units: " + ", ".join(f"{arm} {count}" for arm, count in units.items()) + "."]  # fmt: skip
+    for metric in report["metrics"]:
+        if metric["primary"]:
+            lines += [f"{metric['name']}: {found['arm']} {_sentence(found)}" for found in metric["differences"]]
+    if report["sample_ratio"]["alarm"]:
+        lines.append(f"ALARM: units do not fall to the arms as their shares say (p = {report['sample_ratio']['p_value']:.2g}). "
+                     "Something loses or adds units of one arm: do not trust the differences.")  # fmt: skip
+    if report["lost_records"]:
+        lines.append(f"ALARM: {report['lost_records']} records were dropped because the database did not keep up.")
+    lines += [f"ALARM: the guardrail on {check['metric']} is broken by arm {check['arm']}."
+              for check in report["guardrails"] if check["broken"]]  # fmt: skip
+    return lines
 
 
-def print_json(data: dict[str, Any]) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+def moment(seconds: float) -> str:
+    """A time in UTC, to the second."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def _sentence(found: dict[str, Any]) -> str:
+    against = f"{interval(found['difference'], found['low'], found['high'], signed=True)} against {found['control']}"
+    return f"is {found['verdict']}: {against}." if found["low"] is not None else f"has {found['verdict']}."
 
 
 def arm_table(experiment: dict[str, Any]) -> Table:
@@ -53,17 +69,27 @@ def metric_table(metric: dict[str, Any]) -> Table:
     table = Table(title=title, caption=goal)
     for heading in ("arm", "units", "mean", "difference to control", "p", "verdict", "detectable"):
         table.add_column(heading, overflow="fold")
+    for row in metric_rows(metric):
+        table.add_row(*row.values())
+    return table
+
+
+def metric_rows(metric: dict[str, Any]) -> list[dict[str, str]]:
+    """What is shown of each arm, by column."""
     differences = {found["arm"]: found for found in metric["differences"]}
+    rows = []
     for arm in metric["arms"]:
         found = differences.get(arm["arm"])
-        row = [arm["arm"], str(arm["units"]), interval(arm["mean"], arm["low"], arm["high"])]
-        if found is None:
-            row += ["control", "", "", ""]
-        else:
-            row += [interval(found["difference"], found["low"], found["high"], signed=True), number(found["p_value"]),
-                    found["verdict"], number(found["detectable"])]  # fmt: skip
-        table.add_row(*row)
-    return table
+        rows.append({
+            "arm": arm["arm"],
+            "units": str(arm["units"]),
+            "mean": interval(arm["mean"], arm["low"], arm["high"]),
+            "difference": interval(found["difference"], found["low"], found["high"], signed=True) if found else "control",
+            "p": number(found["p_value"]) if found else "",
+            "verdict": found["verdict"] if found else "",
+            "detectable": number(found["detectable"]) if found else "",
+        })  # fmt: skip
+    return rows
 
 
 def guardrail_table(checks: list[dict[str, Any]]) -> Table:

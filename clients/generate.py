@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atoms.engine import Engine, GenerationRequest, SamplingParams
-from atoms.mix import parse_mix
+from atoms.mix import mix_text, parse_mix
 from atoms.package import Package
 from server.embedded.load import EngineOptions, load_package
 
@@ -19,13 +19,9 @@ def stream_answer(
     prompt: str,
     *,
     system: str | None,
-    model: str | None,
-    max_tokens: int,
-    temperature: float,
-    seed: int | None,
+    sampling: SamplingParams,
     allow_out_of_range: bool,
-    device: str,
-    dtype: str,
+    options: EngineOptions,
 ) -> None:
     """Prints the answer as it comes on standard output, and the resolved mix on standard error.
 
@@ -35,13 +31,12 @@ def stream_answer(
     mix = package.mix(parse_mix(list(mix_texts)))
     if not allow_out_of_range:
         package.check_range(mix)
-    described = ", ".join(f"{package.card(atom).name}={value:g}" for atom, value in mix) or "unsteered"
+    described = mix_text({package.card(atom).name: value for atom, value in mix}, ", ")
     print(f"[{described}; predicted KL {package.predicted_kl(mix):.3f} nats a token]", file=sys.stderr)
     messages: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []
-    engine = load_package(path, EngineOptions(model=model, device=device, dtype=dtype, slots=1)).engine
+    engine = load_package(path, options).engine
     try:
         ids = engine.encode_chat([*messages, {"role": "user", "content": prompt}])
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         asyncio.run(_print_stream(engine, GenerationRequest("generate", ids, mix, sampling)))
     finally:
         engine.close()

@@ -14,8 +14,6 @@ from server.embedded.engine import EmbeddedEngine
 from server.embedded.load import EngineOptions, load_served
 
 ANSWERS = "answers.jsonl"
-TABLE_WIDTH = 150
-"""Least columns of a table: narrower ones fold every cell, also where the output is no terminal."""
 
 
 @contextmanager

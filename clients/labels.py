@@ -10,9 +10,10 @@ from atoms.errors import DataError
 from atoms.package import Package
 from offline.evaluation.answers import Answerer, Decoding
 from offline.evaluation.cards import measure_cards, name_by_effect
-from offline.evaluation.prompts import demo_data, read_prompts
+from offline.evaluation.prompts import read_prompts
 from offline.progress import Progress
 from offline.report import write_report
+from offline.shipped import shipped_file
 from server.embedded.load import EngineOptions, load_package
 
 
@@ -22,17 +23,12 @@ def label_from_detectors(
     coefficients: Sequence[float],
     prompts_per_behaviour: int,
     max_tokens: int,
-    *,
-    slots: int,
-    model: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    progress: Progress | None = None,
+    options: EngineOptions,
+    progress: Progress,
 ) -> Package:
     """Writes measured effects and aliases into the package's manifest and returns the package as it is now."""
-    prompts = development_prompts(prompts_file or demo_data("demo_prompts"), prompts_per_behaviour)
-    progress = progress or Progress()
-    engine = load_package(package.path, EngineOptions(model=model, device=device, dtype=dtype, slots=slots)).engine
+    prompts = development_prompts(prompts_file or shipped_file("demo_prompts"), prompts_per_behaviour)
+    engine = load_package(package.path, options).engine
     try:
         total = len(prompts) * (1 + len(package.manifest.atoms) * len(coefficients))
         with progress.task("measure effects", total, "answers") as bar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,15 +21,26 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is at the output path.")]
 
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+ServerOption = Annotated[
+    str, typer.Option("--server", envvar="ATOMSTEER_SERVER", help="URL of the server.", show_default=True)
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--key", envvar=["ATOMSTEER_ADMIN_KEY", "ATOMSTEER_API_KEY"], help="Its key; changes need an admin key.",
+                 show_default=False),
+]  # fmt: skip
+JSONOption = Annotated[bool, typer.Option("--json", help="The server's answer as JSON.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
+
 
 def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    convert: Callable[[str], float] = float
     try:
-        return tuple(convert(part) for part in names(text))
+        return tuple(float(part) for part in names(text))
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as -2,2") from error
 

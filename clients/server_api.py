@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 import httpx2 as httpx
 
@@ -97,3 +98,8 @@ def _message(answer: httpx.Response) -> str:
         return f"{answer.json()['error']['message']} (status {answer.status_code})"
     except (ValueError, KeyError, TypeError):
         return f"the server answered with status {answer.status_code}"
+
+
+def path_part(name: str) -> str:
+    """`name` as one part of a path, whatever it contains: . and .., too, which as they are would climb."""
+    return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")

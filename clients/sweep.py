@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from atoms.detectors import DETECTORS, get_detector
@@ -13,13 +12,15 @@ from atoms.errors import ConfigError
 from atoms.mix import Mix, parse_mix
 from atoms.package import Package
 from atoms.storage import write_bytes
-from clients.harness import TABLE_WIDTH, open_harness
+from clients.harness import open_harness
+from clients.tables import WIDE, print_table
 from offline.evaluation import figures
 from offline.evaluation.answers import Decoding
-from offline.evaluation.prompts import demo_data, read_prompts, read_text
+from offline.evaluation.prompts import read_prompts, read_text
 from offline.evaluation.results import to_csv
-from offline.evaluation.sweep import SweepRow, grid, lines, sweep, table_rows, to_parquet
+from offline.evaluation.sweep import SweepRow, grid, lines, moving, sweep, table_rows, to_parquet
 from offline.progress import Progress
+from offline.shipped import shipped_file
 from server.embedded.load import EngineOptions
 
 _SHOWN_DETECTORS = 5
@@ -50,7 +51,8 @@ def run_sweep(
     write_bytes(work / "sweep.parquet", to_parquet(flat))
     if plots:
         _save_figures(rows, package, atoms, names, combine, work)
-    Console(width=max(TABLE_WIDTH, Console().width)).print(sweep_table(rows, detectors or moving(rows), decoding))
+    shown = detectors or moving(rows, _SHOWN_DETECTORS)
+    print_table(sweep_table(rows, shown, decoding), WIDE)
     print(f"{work}: sweep.csv, sweep.parquet, {len(prompts)} prompts, {len(rows)} mixes")
     return rows
 
@@ -88,7 +90,7 @@ def sweep_prompts(
             raise ConfigError("--texts holds plain prompts; leave --prompts, --behaviours and --kind out")
         return [line.strip() for line in read_text(texts).splitlines() if line.strip()][:limit]
     rows = [
-        row for row in read_prompts(file or demo_data("evaluation_prompts"))
+        row for row in read_prompts(file or shipped_file("evaluation_prompts"))
         if (not behaviours or row.behaviour in behaviours) and kind in (None, row.kind) and split in (None, row.split)
     ]  # fmt: skip
     return [row.prompt for row in rows][:limit]
@@ -104,20 +106,10 @@ def sweep_table(rows: Sequence[SweepRow], detectors: Sequence[str], decoding: De
     for row in rows:
         shares = [row.rates[name] for name in detectors]
         table.add_row(
-            row.label, *(f"{r.share:.0%} [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in shares), f"{row.kl:.3f}",
+            row.label, *map(str, shares), f"{row.kl:.3f}",
             f"{row.predicted_kl:.3f}", f"{row.perplexity:.1f}", f"{row.form.degenerate:.0%}", f"{row.form.tokens:.0f}",
         )  # fmt: skip
     return table
-
-
-def moving(rows: Sequence[SweepRow]) -> list[str]:
-    """The detectors whose rates differ most between mixes."""
-
-    def span(name: str) -> float:
-        shares = [row.rates[name].share for row in rows]
-        return max(shares) - min(shares)
-
-    return sorted(rows[0].rates, key=lambda name: -span(name))[:_SHOWN_DETECTORS]
 
 
 def _save_figures(
@@ -130,7 +122,7 @@ def _save_figures(
 ) -> None:
     names = [package.card(atom).name for atom in atoms]
     if combine and len(names) == 2:
-        for detector in detectors if len(detectors) <= _SHOWN_DETECTORS else moving(rows)[:2]:
+        for detector in detectors if len(detectors) <= _SHOWN_DETECTORS else moving(rows, 2):
             figures.save(figures.sweep_heatmap(rows, (names[0], names[1]), detector), work / f"heatmap-{detector}")
         return
     for name in names:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 _REMEMBERED_LINES = 1000
 
 
-def line_reader(completions: Callable[[str], list[str]], prompt: str = "> ") -> Callable[[], str | None]:
+def line_reader(completions: Callable[[str], list[str]]) -> Callable[[], str | None]:
     """Gives the next line, None at the end of the input.
 
     `completions(line)` are the words that the last word of `line` may become, words being set apart by spaces. Where the
@@ -22,7 +22,7 @@ def line_reader(completions: Callable[[str], list[str]], prompt: str = "> ") -> 
 
     def read() -> str | None:
         try:
-            return input(prompt if terminal else "")
+            return input("> " if terminal else "")
         except EOFError:
             return None
         except KeyboardInterrupt:  # at a prompt, Ctrl-C drops what was typed

@@ -12,25 +12,25 @@ Needs a backward pass, hence no part of serving.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from atoms.errors import ConfigError, PackageError
+from atoms.errors import ConfigError
 from atoms.manifest import AtomCard
 from atoms.model import context_length
 from atoms.package import Package
 from atoms.projection import Projection, RowWhitening, sparse_codes
 from offline.config import PASS_TOKENS
-from offline.corpus import Corpus, Document, EncodedDocument, encode_corpus, plan_batches
+from offline.corpus import Document, EncodedDocument, encode_document, plan_batches
 from offline.gradients import gradient_hooks
-from offline.models import frozen_lora
+from offline.lora import frozen_lora
+from offline.record import recorded_settings
 from offline.rows import RowSink, batch_rows
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Attributor:
         max_length: int | None = None, batch_tokens: int = PASS_TOKENS,
     ) -> None:  # fmt: skip
         package.check_base(model)
-        settings = _settings(package)
+        settings = recorded_settings(package)
         self.max_length = max_length or settings["max_length"]
         if self.max_length > context_length(model):
             raise ConfigError(
@@ -115,22 +115,15 @@ class Attributor:
         """One attribution a document, in order. Raises DataError for a response that leaves no room for a prompt token."""
         stream = iter(documents)
         while block := list(islice(stream, _BLOCK_DOCUMENTS)):
-            encoded = [self._encode(place, document) for place, document in enumerate(block)]
-            rows, losses = self._rows([tokens for tokens, _ in encoded])
+            encoded = [encode_document(document, self.tokenizer, self.max_length) for document in block]
+            rows, losses = self._rows([replace(tokens, row=place) for place, (tokens, _) in enumerate(encoded)])
             codes = sparse_codes(rows, self.dictionary, self.alpha, nonnegative=self.nonnegative)
             for document, (tokens, cut), row, code, loss in zip(block, encoded, rows, codes, losses, strict=True):
                 atoms, unexplained = self._shares(row, code)
                 yield Attribution(document, len(tokens), cut, float(loss), atoms, unexplained, row, code)
 
-    def _encode(self, place: int, document: Document) -> tuple[EncodedDocument, int]:
-        """The tokens, numbered by their place in the block, and how many prompt tokens were cut."""
-        one = Corpus((document,), 0, "")
-        (tokens,) = encode_corpus(one, self.tokenizer, self.max_length).documents
-        (whole,) = encode_corpus(one, self.tokenizer, 2**62).documents
-        return dataclasses.replace(tokens, row=place), len(whole) - len(tokens)
-
     def _rows(self, documents: Sequence[EncodedDocument]) -> tuple[Tensor, Tensor]:
-        """x̃ (n, D) and mean losses (n,), in order."""
+        """x̃ (n, D) and mean losses (n,) of documents whose `row` is their place, in order."""
         sink = RowSink(self.projection)
         rows, losses = torch.zeros(len(documents), self.projection.dim), torch.zeros(len(documents))
         with gradient_hooks(self._model, self.projection.space, sink):
@@ -144,13 +137,3 @@ class Attributor:
         used = sorted(codes.nonzero().flatten().tolist(), key=lambda j: -abs(float(shares[j])))
         atoms = tuple(AtomShare(j, self.cards.get(j), float(codes[j]), float(shares[j])) for j in used)
         return atoms, float((row - codes @ self.dictionary) @ row)
-
-
-def _settings(package: Package) -> dict[str, Any]:
-    """The configuration that the package records. Raises PackageError if it lacks what coding needs."""
-    settings = package.manifest.record.get("config", {})
-    if "max_length" not in settings or not {"alpha", "nonnegative"} <= settings.get("dictionary", {}).keys():
-        raise PackageError(
-            f"{package.path} does not record the settings of its dictionary; make it again with `atomsteer discover`"
-        )
-    return settings

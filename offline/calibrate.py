@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from atoms.space import Direction
 from atoms.steered import SteeredModel
 from atoms.storage import write_tensors
 from offline.config import CalibrateConfig
-from offline.corpus import Batch, EncodedDocument, collate, plan_batches
+from offline.corpus import Batch, EncodedDocument, collate, make_batches
 from offline.gradients import label_logits, mean_losses
 from offline.progress import Task
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SCALE_TOLERANCE = 0.05
-_MAX_SCALE_STEPS = 5
+_MAX_SCALE_TRIALS = 5
 _CROSS_MATRIX = 6.0
 """KL over its block-diagonal estimate, which leaves the terms between matrices out: 4-18 on SmolLM2-135M, median 6.
 Only the first guess depends on it; the scale is set by what is then measured."""
@@ -79,7 +79,7 @@ class DriftMeter:
     def kl_of(self, delta: Delta) -> float:
         """KL of an arbitrary delta on top of merged θ0, nats a token."""
         batches = zip(self.batches, self._unsteered, strict=True)
-        return sum(_kl_sum(base, self._log_probs(batch, delta)) for batch, base in batches) / self.tokens
+        return sum(kl_sum(base, self._log_probs(batch, delta)) for batch, base in batches) / self.tokens
 
     def drift_matrix(self, directions: Sequence[Direction], task: Task) -> Tensor:
         """M (J, J) float32 at coefficient 1. Token chunks bound the memory of the J logit changes."""
@@ -109,6 +109,21 @@ class DriftMeter:
         return compose(self.base, {key: value * coefficient for key, value in direction.items()}, self.composition)
 
     @torch.inference_mode()
+    def mean_loss(self, documents: Sequence[EncodedDocument], delta: Delta | None, batch_tokens: int) -> float:
+        """Mean over `documents` of the mean response-token cross-entropy under `delta`, nats a token."""
+        self.steered.set_slot(0, delta)
+        batches = make_batches(documents, batch_tokens, self.batches[0].labels.device)
+        total = 0.0
+        for batch in within_logits(batches, self.steered.model):
+            with self.steered.rows([0] * len(batch.documents)):
+                total += float(mean_losses(label_logits(self.steered.model, batch), batch).sum())
+        return total / len(documents)
+
+    def close(self) -> None:
+        """Takes the steering off the model."""
+        self.steered.close()
+
+    @torch.inference_mode()
     def _log_probs(self, batch: Batch, delta: Delta | None) -> Tensor:
         self.steered.set_slot(0, delta)
         with self.steered.rows([0] * len(batch.documents)):
@@ -118,24 +133,55 @@ class DriftMeter:
 def calibrate_atom(
     meter: DriftMeter, projection: Projection, direction: Direction, config: CalibrateConfig
 ) -> Calibrated:
-    """Scales `direction` until the KL at ±1 averages 0.05 nats within 5%.
+    """Scales `direction` until the KL at ±1 averages 0.05 nats within 5%, or five trials are over.
 
-    Starts from the block-diagonal Fisher on the kept components times what such an estimate usually leaves out, and
-    corrects by the square root of what is measured.
+    Starts from the block-diagonal Fisher on the kept components times what such an estimate usually leaves out.
     """
-    scale = math.sqrt(2 * UNIT_NATS / max(_CROSS_MATRIX * fisher_norm(projection, direction), 1e-30))
-    for _ in range(_MAX_SCALE_STEPS):
-        scaled = {key: value * scale for key, value in direction.items()}
-        up, down = meter.kl(scaled, 1.0), meter.kl(scaled, -1.0)
-        mean = (up + down) / 2
-        if abs(mean / UNIT_NATS - 1) <= _SCALE_TOLERANCE:
-            break
-        scale *= min(4.0, max(0.25, math.sqrt(UNIT_NATS / max(mean, 1e-9))))
-    curve = {-1.0: down, 1.0: up, 0.0: 0.0}
+    start = math.sqrt(2 * UNIT_NATS / max(_CROSS_MATRIX * fisher_norm(projection, direction), 1e-30))
+    curve = {0.0: 0.0}
+
+    def mean_kl(scale: float) -> float:
+        curve.update({sign: meter.kl(direction, sign * scale) for sign in (1.0, -1.0)})
+        return (curve[1.0] + curve[-1.0]) / 2
+
+    scale, _ = solve_strength(mean_kl, UNIT_NATS, start, _SCALE_TOLERANCE, _MAX_SCALE_TRIALS)
     for coefficient in config.coefficients:
         if coefficient not in curve:
-            curve[coefficient] = meter.kl(scaled, coefficient)
-    return Calibrated(scaled, dict(sorted(curve.items())))
+            curve[coefficient] = meter.kl(direction, coefficient * scale)
+    return Calibrated({key: value * scale for key, value in direction.items()}, dict(sorted(curve.items())))
+
+
+def solve_strength(
+    kl: Callable[[float], float], target: float, start: float, tolerance: float, most: int
+) -> tuple[float, float]:
+    """(strength, its KL) of which `kl(strength)` is within the share `tolerance` of `target`; the last of `most` trials if none
+    is: look at the KL.
+
+    From `start`, goes by the square root of what is measured; once the target lies between two strengths, between them on a
+    log-log scale.
+    """
+    strength = start
+    below: tuple[float, float] | None = None  # the strongest strength known to cost too little, and its KL
+    above: tuple[float, float] | None = None
+    for trial in range(most):
+        measured = kl(strength)
+        if abs(measured / target - 1) <= tolerance or trial == most - 1:
+            break
+        if measured < target:
+            below = (strength, max(measured, 1e-9))
+        else:
+            above = (strength, measured)
+        if below and above:
+            strength = _between(below, above, target)
+        else:
+            strength *= min(4.0, max(0.25, math.sqrt(target / max(measured, 1e-9))))
+    return strength, measured
+
+
+def _between(below: tuple[float, float], above: tuple[float, float], target: float) -> float:
+    """The strength at which a power law through both points costs `target`, kept off the ends so that each step shrinks."""
+    share = math.log(target / below[1]) / math.log(above[1] / below[1])
+    return below[0] * (above[0] / below[0]) ** min(0.9, max(0.1, share))
 
 
 def fisher_norm(projection: Projection, direction: Direction) -> float:
@@ -151,11 +197,11 @@ def orient(
 
     Returns the oriented atom and its evidence, or None if it is to be dropped.
     """
-    unsteered = _mean_loss(meter, documents, None, batch_tokens)
-    plus = _mean_loss(meter, documents, meter.delta(calibrated.direction, 1.0), batch_tokens)
+    unsteered = meter.mean_loss(documents, None, batch_tokens)
+    plus = meter.mean_loss(documents, meter.delta(calibrated.direction, 1.0), batch_tokens)
     if plus < unsteered:
         return calibrated, _orientation(documents, unsteered, plus)
-    minus = _mean_loss(meter, documents, meter.delta(calibrated.direction, -1.0), batch_tokens)
+    minus = meter.mean_loss(documents, meter.delta(calibrated.direction, -1.0), batch_tokens)
     if minus >= unsteered:
         return None
     flipped = Calibrated(
@@ -206,10 +252,6 @@ def continuations(
     return documents
 
 
-def make_batches(documents: Sequence[EncodedDocument], batch_tokens: int, device: torch.device) -> list[Batch]:
-    return [collate(group).to(device) for group in plan_batches(documents, batch_tokens)]
-
-
 def within_logits(batches: Sequence[Batch], model: Any) -> list[Batch]:
     """`batches`, those split whose logits at label positions would take more than 256 MiB in float32.
 
@@ -220,24 +262,10 @@ def within_logits(batches: Sequence[Batch], model: Any) -> list[Batch]:
 
 
 @torch.inference_mode()
-def _kl_sum(base: Tensor, moved: Tensor) -> float:
-    """KL summed over rows of log-probabilities (n, V), a few rows at a time: V numbers a row are many."""
+def kl_sum(base: Tensor, moved: Tensor) -> float:
+    """KL(base ‖ moved) summed over rows of log-probabilities (n, V), nats; a few rows at a time: V numbers a row are many."""
     rows = zip(base.split(_KL_ROWS), moved.split(_KL_ROWS), strict=True)
     return sum(float((ours.exp() * (ours - theirs)).sum().double()) for ours, theirs in rows)
-
-
-def _mean_loss(
-    meter: DriftMeter, documents: Sequence[EncodedDocument], delta: Delta | None, batch_tokens: int
-) -> float:
-    """Mean over documents of the mean response-token cross-entropy, nats a token."""
-    meter.steered.set_slot(0, delta)
-    total = 0.0
-    with torch.inference_mode():
-        made = make_batches(documents, batch_tokens, meter.batches[0].labels.device)
-        for batch in within_logits(made, meter.steered.model):
-            with meter.steered.rows([0] * len(batch.documents)):
-                total += float(mean_losses(label_logits(meter.steered.model, batch), batch).sum())
-    return total / len(documents)
 
 
 def _orientation(documents: Sequence[EncodedDocument], unsteered: float, steered: float) -> Orientation:

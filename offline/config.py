@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from atoms.adapter import Composition
 from atoms.errors import ConfigError
-from offline.evaluation.prompts import read_neutral_prompts
+from offline.shipped import read_neutral_prompts
 
 PASS_TOKENS = 512
 """Padded tokens of a batch in passes that take gradients of a frozen model, unless a run says otherwise."""
@@ -129,7 +129,7 @@ class SelectConfig:
 
 @dataclass(frozen=True, slots=True)
 class SteeringConfig:
-    """How an atom's direction is made of its strongest `documents` (offline/steering.py).
+    """How an atom's direction is made of its strongest `documents` (offline/paths.py).
 
     `steps`: gradient steps from θ0, 0 for the unprojected atom. `tokens`: of each response, those that carry the loss.
     """
@@ -181,7 +181,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "sign_aligned": False,
         },
         "steering": {"steps": 0},
-        "calibrate": {"exponent": 0.5},
     },
 }
 """Settings that differ from the defaults, by part. "paper" makes the choices of the published pipeline (arXiv 2603.14665),

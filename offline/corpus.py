@@ -140,17 +140,25 @@ def encode_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_length
     """
     encoded, truncated = [], 0
     for document in corpus.documents:
-        prompt = encode_prompt(tokenizer, document.messages[:-1])
-        response = tokenizer(render_response(tokenizer, document.messages), add_special_tokens=False)["input_ids"]
-        room = max_length - len(response)
-        if room < 1:
-            raise DataError(
-                f"document {document.id!r} has a response of {len(response)} tokens; at most {max_length - 1} fit beside a "
-                "prompt; shorten it or raise --max-length"
-            )
-        truncated += len(prompt) > room
-        encoded.append(EncodedDocument(document.row, tuple(prompt[-room:]), tuple(response)))
+        tokens, cut = encode_document(document, tokenizer, max_length)
+        encoded.append(tokens)
+        truncated += cut > 0
     return EncodedCorpus(tuple(encoded), truncated)
+
+
+def encode_document(
+    document: Document, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[EncodedDocument, int]:
+    """The document's tokens, and how many of its prompt were cut. Raises as `encode_corpus` does."""
+    prompt = encode_prompt(tokenizer, document.messages[:-1])
+    response = tokenizer(render_response(tokenizer, document.messages), add_special_tokens=False)["input_ids"]
+    room = max_length - len(response)
+    if room < 1:
+        raise DataError(
+            f"document {document.id!r} has a response of {len(response)} tokens; at most {max_length - 1} fit beside a "
+            "prompt; shorten it, or raise --max-length of `discover` or `attribute`"
+        )
+    return EncodedDocument(document.row, tuple(prompt[-room:]), tuple(response)), max(0, len(prompt) - room)
 
 
 def plan_batches(documents: Sequence[EncodedDocument], max_tokens: int) -> list[tuple[EncodedDocument, ...]]:
@@ -165,10 +173,15 @@ def plan_batches(documents: Sequence[EncodedDocument], max_tokens: int) -> list[
     return [*batches, tuple(current)] if current else batches
 
 
-def collate(documents: Sequence[EncodedDocument], pad_id: int = 0) -> Batch:
-    """Pads on the right; under causal attention padding then changes no earlier position, so no gradient either."""
+def make_batches(documents: Sequence[EncodedDocument], max_tokens: int, device: torch.device) -> list[Batch]:
+    """The planned batches, padded, on `device`."""
+    return [collate(group).to(device) for group in plan_batches(documents, max_tokens)]
+
+
+def collate(documents: Sequence[EncodedDocument]) -> Batch:
+    """Pads on the right, with token 0: under causal attention that changes no earlier position, so no gradient either."""
     width = max(len(document) for document in documents)
-    input_ids = torch.full((len(documents), width), pad_id)
+    input_ids = torch.zeros((len(documents), width), dtype=torch.long)
     mask = torch.zeros((len(documents), width), dtype=torch.long)
     rows: list[int] = []
     columns: list[int] = []

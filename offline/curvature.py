@@ -12,7 +12,7 @@ token count. Labels of a document depend on the seed and its row alone, so both 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from atoms.projection import MatrixBasis, Projection
 from atoms.space import LoRASpace
 from offline.config import CurvatureConfig
 from offline.corpus import Batch, EncodedDocument, collate, plan_batches
-from offline.gradients import Sink, gradient_hooks, label_logits, sum_losses
+from offline.gradients import gradient_hooks, label_logits, sum_losses
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 
@@ -49,9 +49,7 @@ def fit_factors(
 ) -> dict[str, Eigenfactors]:
     """The eigendecomposition of every matrix's covariances, in float64; on the first rank alone, nothing on the others."""
     sink = CovarianceSink(space)
-    sampled_pass(
-        model, space, documents, batch_tokens, seed, sink, progress.task, "factors", before=sink.start, ranks=ranks
-    )
+    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress, "factors", ranks)
     ranks.add(sink.tokens, *sink.out.values(), *sink.inp.values())
     factors = {}
     for tensor in space.tensors if ranks.first else ():
@@ -88,7 +86,7 @@ def fit_eigenvalues(
 ) -> dict[str, Tensor]:
     """λ (o, i) float64 of every matrix, in nats a token per squared unit of parameter."""
     sink = EigenvalueSink(factors)
-    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress.task, "eigenvalues", ranks=ranks)
+    sampled_pass(model, space, documents, batch_tokens, seed, sink, progress, "eigenvalues", ranks)
     ranks.add(*sink.squares.values())
     tokens = sum(len(document.response_ids) for document in documents)
     return {key: total / tokens for key, total in sink.squares.items()}
@@ -105,17 +103,32 @@ def fit_projection(
     })  # fmt: skip
 
 
+class BatchSink(Protocol):
+    """A sink that is told which batch comes next."""
+
+    def start(self, batch: Batch) -> None: ...
+
+    def __call__(self, key: str, x: Tensor, delta: Tensor) -> None: ...
+
+
 def sampled_pass(
-    model, space, documents, batch_tokens, seed, sink: Sink, task, name: str, before=None, ranks: Ranks = ALONE
+    model: PeftModel,
+    space: LoRASpace,
+    documents: Sequence[EncodedDocument],
+    batch_tokens: int,
+    seed: int,
+    sink: BatchSink,
+    progress: Progress,
+    name: str,
+    ranks: Ranks = ALONE,
 ) -> None:
     """One backward pass a batch, of this rank's share, of the summed cross-entropy of sampled labels; `sink` sees every
-    matrix."""
-    device, groups = model.device, ranks.share(plan_batches(documents, batch_tokens))
-    with gradient_hooks(model, space, sink), task(name, sum(map(len, groups)), "documents") as bar:
+    matrix. `name` is the stage's, for `progress`."""
+    groups = ranks.share(plan_batches(documents, batch_tokens))
+    with gradient_hooks(model, space, sink), progress.task(name, sum(map(len, groups)), "documents") as bar:
         for group in groups:
-            batch = collate(group).to(device)
-            if before:
-                before(batch)
+            batch = collate(group).to(model.device)
+            sink.start(batch)
             logits = label_logits(model, batch)
             sum_losses(logits, batch, sample_labels(logits.detach(), batch, seed)).sum().backward()
             bar.advance(len(group))
@@ -161,6 +174,9 @@ class EigenvalueSink:
         self.squares = {
             key: torch.zeros(len(f.out_values), len(f.in_values), dtype=torch.float64) for key, f in factors.items()
         }
+
+    def start(self, batch: Batch) -> None:
+        """Nothing: padding has δ = 0, so it adds nothing to a document's gradient."""
 
     def __call__(self, key: str, x: Tensor, delta: Tensor) -> None:
         q_out, q_in = self.factors[key].q_out.to(x.device), self.factors[key].q_in.to(x.device)

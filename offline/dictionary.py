@@ -112,9 +112,10 @@ class _Statistics:
         return float(self.sums[1] / self.sums[2])
 
 
-def default_atoms(documents: int) -> int:
-    """One atom per 16 documents, within 8 … 500: far more than there are behaviours splinters them."""
-    return max(8, min(500, documents // 16))
+def dictionary_size(config: DictionaryConfig, documents: int) -> int:
+    """K: as configured, else an atom per 16 of the training `documents`, within 8 … 500 (far more than there are behaviours
+    splinters them); at most one a document."""
+    return min(config.atoms or max(8, min(500, documents // 16)), documents)
 
 
 def learn_dictionary(
@@ -168,9 +169,9 @@ def learn_with_scikit(
         from sklearn.decomposition import MiniBatchDictionaryLearning
     except ImportError:
         raise ConfigError("the learner scikit-learn needs its package; run `pip install scikit-learn`") from None
-    rows = store.rows(documents)
+    rows = store.whitened_rows(documents)
     learner = MiniBatchDictionaryLearning(
-        min(config.atoms or default_atoms(len(documents)), len(documents)), alpha=config.alpha, random_state=seed,
+        dictionary_size(config, len(documents)), alpha=config.alpha, random_state=seed,
         fit_algorithm="cd" if config.nonnegative else "lars", positive_code=config.nonnegative,
     )  # fmt: skip
     with progress.task(name, 1, "fits") as bar:
@@ -219,14 +220,14 @@ def _start(
     store: RowStore, documents: Sequence[int], scales: Tensor, config: DictionaryConfig, seed: int, ranks: Ranks
 ) -> Tensor:
     """Atoms to start from (K, D): unit means of up to `_MEAN_OF` random rows each, no row in two of them."""
-    count = min(config.atoms or default_atoms(len(documents)), len(documents))
+    count = dictionary_size(config, len(documents))
     each = max(1, min(_MEAN_OF, len(documents) // _DOCUMENTS_A_ROW, len(documents) // count))
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     picks = torch.as_tensor(documents)[order[: count * each]]
     atom = torch.zeros(len(store), dtype=torch.int64)
     atom[picks] = torch.arange(count).repeat(each)
     sums, weights = torch.zeros(count, store.width), torch.zeros(count)
-    for numbers, rows in store.batches(picks.tolist(), ranks):
+    for numbers, rows in store.stored_batches(picks.tolist(), ranks):
         members = torch.zeros(len(rows), count).scatter_(1, atom[numbers, None], scales[numbers, None])
         sums += _weighted_sums(members, rows)
         weights += members.sum(0)
@@ -240,7 +241,7 @@ def _coded(
     """(document numbers (n,), rows as stored (n, D), their coding) batch by batch of this rank's share."""
     folded, offset = store.whitening.fold(atoms)
     coder = SparseCoder(atoms)
-    for numbers, rows in store.batches(documents, ranks):
+    for numbers, rows in store.stored_batches(documents, ranks):
         scale = scales[numbers]
         target = (inner_products(rows, folded) - offset) * scale[:, None]  # X̃ Dᵀ
         squared = (scale > 0).to(target.dtype)  # ‖x̃‖²: only a row equal to the mean has not unit length
@@ -284,7 +285,7 @@ def _revive(atoms: Tensor, statistics: _Statistics, store: RowStore) -> Tensor:
     dead = statistics.dead.nonzero().flatten().tolist()
     replacements = [document for document in statistics.worst[: len(dead), 1].long().tolist() if document >= 0]
     atoms = atoms.clone()
-    atoms[dead[: len(replacements)]] = _unit(store.rows(replacements))
+    atoms[dead[: len(replacements)]] = _unit(store.whitened_rows(replacements))
     return atoms
 
 

@@ -21,7 +21,7 @@ from atoms.storage import write_tensors
 from offline.config import FinetuneConfig
 from offline.corpus import EncodedDocument, collate, plan_batches
 from offline.gradients import label_logits, lora_linear, mean_losses
-from offline.models import adapter_of, new_lora
+from offline.lora import adapter_of, new_lora
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 

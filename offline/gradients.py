@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atoms.space import LoRASpace
-from offline.corpus import Batch, EncodedDocument, collate, plan_batches
+from offline.corpus import Batch, EncodedDocument, make_batches
 from offline.losses import cross_entropy
 
 if TYPE_CHECKING:
@@ -66,23 +66,19 @@ def label_logits(model: Any, batch: Batch) -> Tensor:
         handle.remove()
 
 
-def mean_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
-    """(b,) float32 mean cross-entropy over each document's response tokens, nats a token. None: the real labels."""
-    return sum_losses(logits, batch, labels) / batch.response_lengths
+def mean_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """(b,) float32 mean cross-entropy over each document's response tokens, nats a token."""
+    return sum_losses(logits, batch) / batch.response_lengths
 
 
 def sum_losses(logits: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
-    """(b,) float32 cross-entropy summed over each document's response tokens, nats."""
+    """(b,) float32 cross-entropy summed over each document's response tokens, nats. None: the real labels."""
     per_token = cross_entropy(logits, batch.labels if labels is None else labels)
     return per_token.new_zeros(len(batch.documents)).index_add(0, batch.label_rows, per_token)
 
 
 def mean_gradient(
-    model: PeftModel,
-    space: LoRASpace,
-    documents: Sequence[EncodedDocument],
-    batch_tokens: int,
-    advance: Callable[[int], None] = lambda _: None,
+    model: PeftModel, space: LoRASpace, documents: Sequence[EncodedDocument], batch_tokens: int
 ) -> dict[str, Tensor]:
     """The mean over documents of the gradient of their mean loss, per LoRA matrix, float32 on the CPU. `model` is frozen."""
     total = {tensor.key: torch.zeros(tensor.shape) for tensor in space.tensors}
@@ -91,10 +87,8 @@ def mean_gradient(
         total[key] += torch.einsum("bto,bti->oi", delta, x).cpu()
 
     with gradient_hooks(model, space, add):
-        for group in plan_batches(documents, batch_tokens):
-            batch = collate(group).to(model.device)
+        for batch in make_batches(documents, batch_tokens, model.device):
             mean_losses(label_logits(model, batch), batch).sum().backward()
-            advance(len(group))
     return {key: value / len(documents) for key, value in total.items()}
 
 
@@ -118,7 +112,8 @@ def _capture(key: str, sink: Sink) -> Callable[[nn.Module, tuple[Tensor, ...], T
 
 
 class FullGradients:
-    """A sink that keeps the whole per-document gradients of the last backward pass: key -> (b, o, i). For tests and oracles."""
+    """A sink that keeps the whole per-document gradients of the last backward pass: key -> (b, o, i). For oracles and
+    studies; discovery keeps none."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -31,7 +31,7 @@ from atoms.manifest import BaseModelRef
 from atoms.model import choose_device, choose_dtype, config_hash, load_model, merge_adapter, weights_fingerprint
 from atoms.package import Package, write_package
 from atoms.projection import Projection, RowWhitening
-from atoms.space import Direction
+from atoms.space import Direction, LoRASpace
 from atoms.steered import SteeredModel
 from atoms.storage import new_directory, read_json, write_json, write_tensors
 from offline.build import DiscoveredAtom, Discovery, package_contents
@@ -40,13 +40,13 @@ from offline.calibrate import (
     DriftMeter,
     calibrate_atom,
     continuations,
-    make_batches,
     orient,
     read_calibrated,
     write_calibrated,
 )
 from offline.config import DiscoverConfig, SteeringConfig
-from offline.corpus import EncodedDocument, encode_corpus, read_corpus, sample_documents, split_held_out
+from offline.corpus import EncodedDocument, encode_corpus, make_batches, read_corpus, sample_documents, split_held_out
+from offline.cpu_passes import quicken
 from offline.curvature import (
     factors_from_tensors,
     factors_to_tensors,
@@ -56,26 +56,17 @@ from offline.curvature import (
     kronecker_eigenvalues,
 )
 from offline.dictionary import Dictionary, encode, learn_dictionary
-from offline.evaluation.prompts import read_neutral_prompts
 from offline.finetune import finetune
+from offline.keywords import keywords
+from offline.lora import frozen_lora
 from offline.memory import bound_kernel_caches, return_freed_memory
-from offline.models import frozen_lora
-from offline.passes import quicken
+from offline.paths import PathMaker
 from offline.progress import Progress
 from offline.ranks import ALONE, Ranks
 from offline.rows import RowStore, write_rows
-from offline.select import (
-    Candidate,
-    Sparsity,
-    can_halve,
-    candidates,
-    keywords,
-    least_support,
-    select,
-    split_halves,
-    stability,
-)
-from offline.steering import PathMaker
+from offline.select import Candidate, Sparsity, candidates, least_support, select
+from offline.shipped import read_neutral_prompts
+from offline.stability import can_halve, split_halves, stability
 from offline.whitening import common_direction, fit_whitening
 from offline.workspace import Workspace
 
@@ -106,6 +97,12 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
     return Package.read(config.out)
 
 
+def refuse_existing(config: DiscoverConfig) -> None:
+    """Raises DataError if there is something at `config.out` that may not be replaced."""
+    if config.out.exists() and not config.force:
+        raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
+
+
 @dataclass(frozen=True)
 class Learned:
     """The dictionary, and what says whether its atoms are found again: the atoms of a second seed, and the |cosine| of each
@@ -133,8 +130,7 @@ class Run:
     """One discovery run: the model and documents, loaded when first needed, and the stages as methods, in order."""
 
     def __init__(self, config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -> None:
-        if config.out.exists() and not config.force:
-            raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
+        refuse_existing(config)
         self.config, self.progress, self.ranks = config, progress, ranks
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(self.device, config.dtype)
@@ -198,9 +194,8 @@ class Run:
         )
         file, factors_file = folder / "projection.safetensors", folder / "factors.safetensors"
         if self._missing(file):
-            with_factors = self._sample(config.curvature.factor_documents, 1)
-            with_eigenvalues = self._sample(config.curvature.eigenvalue_documents, 2)
-            model, label_seed, limit = self._peft(adapter), config.seed + 1, config.pass_tokens
+            with_factors, with_eigenvalues = curvature_samples(config, self.encoded.documents)
+            model, label_seed, limit = self._peft(space), config.seed + 1, config.pass_tokens
             if self._missing(factors_file):
                 factors = fit_factors(model, space, with_factors, limit, label_seed, self.progress, self.ranks)
                 self._write(factors_file, factors_to_tensors(factors))
@@ -222,7 +217,7 @@ class Run:
         folder = self.workspace.open("rows")
         store = RowStore(folder)
         if self._missing(folder / "complete.json"):
-            model, documents = self._peft(read_adapter(self.adapter_dir)), self.encoded.documents
+            model, documents = self._peft(projection.space), self.encoded.documents
             write_rows(model, projection, documents, self.config.pass_tokens, folder, self.progress, self.ranks)
             self.ranks.wait()
             if self.ranks.first:
@@ -319,7 +314,7 @@ class Run:
 
     def path_maker(self, adapter: Adapter, steering: SteeringConfig) -> PathMaker:
         """What makes paths in this corpus; takes the gradient that all documents share."""
-        model = self._peft(adapter)
+        model = self._peft(adapter.space)
         return PathMaker.of(model, adapter.space, self.encoded.documents, steering, self.config.pass_tokens)
 
     def calibrate(
@@ -338,7 +333,7 @@ class Run:
                 meter, folder, projection, store, learned.dictionary.atoms, selection.chosen, directions
             )
             self._measure_drift(meter, folder, selection.chosen)
-            meter.steered.close()
+            meter.close()
         discovered = []
         for candidate in selection.chosen:
             if result := read_calibrated(_atom_file(folder, candidate)):
@@ -377,15 +372,15 @@ class Run:
     def package(
         self, adapter: Adapter, projection: Projection, store: RowStore, learned: Learned, selection: Selection,
         atoms: Sequence[DiscoveredAtom], drift: Tensor,
-    ) -> Package:  # fmt: skip
-        """Writes the package and returns it, read back."""
+    ) -> None:  # fmt: skip
+        """Writes the package."""
         facts = self.facts(selection) | {"mean_row": common_direction(store, projection.slices())}
         discovery = Discovery(
-            self.config, self.base_ref, adapter, projection, learned.dictionary, store.whitening, selection.sparsity,
-            list(atoms), drift, self.corpus, facts, self.progress.costs,
+            config=self.config, base=self.base_ref, adapter=adapter, projection=projection,
+            dictionary=learned.dictionary, whitening=store.whitening, sparsity=selection.sparsity, atoms=list(atoms),
+            drift=drift, corpus=self.corpus, facts=facts, costs=self.progress.costs,
         )  # fmt: skip
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)
-        return Package.read(self.config.out)
 
     def facts(self, selection: Selection) -> dict[str, object]:
         """Counts and hashes for the run record."""
@@ -417,10 +412,10 @@ class Run:
             write_json(folder / "losses.json", losses)
         return adapter
 
-    def _peft(self, adapter: Adapter) -> PeftModel:
-        """The frozen PEFT model; put on once and kept for the following stage."""
+    def _peft(self, space: LoRASpace) -> PeftModel:
+        """The frozen PEFT model with θ0; put on once and kept for the following stage."""
         if self._peft_model is None:
-            self._peft_model = frozen_lora(self.model, self.adapter_dir, adapter.space)
+            self._peft_model = frozen_lora(self.model, self.adapter_dir, space)
         return self._peft_model
 
     def _merged(self, adapter: Adapter) -> PreTrainedModel:
@@ -451,7 +446,7 @@ class Run:
         """The held-out documents of each of the `chosen` atoms: largest codes first, then largest positive cosines."""
         codes = encode(store, self.held_out, atoms, self.config.dictionary)
         cosine = torch.empty(len(codes.documents), len(chosen))
-        for numbers, rows in store.blocks(self.held_out):
+        for numbers, rows in store.whitened_batches(self.held_out):
             cosine[torch.searchsorted(codes.documents, numbers)] = rows @ atoms[list(chosen)].T
         found = {}
         for column, atom in enumerate(chosen):
@@ -462,9 +457,6 @@ class Run:
             found[atom] = [self.encoded.documents[int(codes.documents[i])] for i in order if cosine[i, column] > 0]
         return found
 
-    def _sample(self, count: int, offset: int) -> list[EncodedDocument]:
-        return sample_documents(self.encoded.documents, count, self.config.seed + offset)
-
     def _report_corpus(self) -> None:
         self.progress.say(f"  {len(self.corpus.documents)} documents, {self.encoded.tokens} tokens")
         if self.corpus.skipped:
@@ -473,6 +465,15 @@ class Run:
             self.progress.say(
                 f"  truncated {self.encoded.truncated} prompts from the left to {self.config.max_length} tokens"
             )
+
+
+def curvature_samples(
+    config: DiscoverConfig, documents: Sequence[EncodedDocument]
+) -> tuple[list[EncodedDocument], list[EncodedDocument]]:
+    """The documents on which the factors are fitted, and those of the eigenvalues."""
+    counts, seed = config.curvature, config.seed
+    factors = sample_documents(documents, counts.factor_documents, seed + 1)
+    return factors, sample_documents(documents, counts.eigenvalue_documents, seed + 2)
 
 
 def _atom_file(folder: Path, candidate: Candidate) -> Path:

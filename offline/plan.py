@@ -22,14 +22,14 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from atoms.adapter import Adapter
-from atoms.errors import DataError
 from atoms.model import load_tokenizer
 from atoms.projection import Projection, RowWhitening
 from atoms.storage import write_tensors
@@ -45,23 +45,24 @@ from offline.corpus import (
     sample_documents,
     split_held_out,
 )
-from offline.dictionary import default_atoms, learn_dictionary
+from offline.dictionary import dictionary_size, learn_dictionary
 from offline.finetune import plan_steps
 from offline.memory import bound_kernel_caches, return_freed_memory
-from offline.pipeline import Run
+from offline.paths import prepared, reference_documents
+from offline.pipeline import Run, curvature_samples, refuse_existing
 from offline.progress import Progress
 from offline.rows import SHARD_DOCUMENTS, RowSink, RowStore, shard_path
-from offline.select import can_halve
-from offline.steering import prepared
+from offline.stability import can_halve
 from offline.whitening import fit_whitening
 
+Result = TypeVar("Result")
 _DICTIONARY_ROWS = 1024
 _PROBE_PROMPTS, _PROBE_ATOMS = 2, 2
 DICTIONARY_PASSES = 20
 """Passes over the rows in which a dictionary settles; 14 to 26 were seen."""
 _BYTES_PER_TOKEN = 40
 """A token id in a tuple of Python integers."""
-_BYTES_OF_CODES = 150
+BYTES_OF_CODES = 150
 """A document's two or three codes, stored by atom, and its place among the documents of its length."""
 
 
@@ -98,7 +99,7 @@ class Plan:
     components: int
     sketch: int
     dictionary_atoms: int
-    held_rows: int
+    learner_bytes: int
     kept_atoms: int
     stages: tuple[StagePlan, ...]
     probe_seconds: float
@@ -113,8 +114,8 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """A document in a shard of rows: float32 row, float16 sketch, norm, loss and number."""
-        return 4 * self.components + 2 * self.sketch + 16
+        """Of a document."""
+        return row_bytes(self.components, self.sketch)
 
     @property
     def disk(self) -> int:
@@ -124,20 +125,16 @@ class Plan:
     @property
     def growing_memory(self) -> int:
         """What grows with the run: token ids, the few codes of every training document, cosines of held-out documents and kept
-        atoms, five (K, D) blocks, and the rows that a learner holds at once."""
-        held = _BYTES_PER_TOKEN * self.tokens + _BYTES_OF_CODES * self.training + self.held_rows
-        return held + 4 * self.held_out * self.kept_atoms + 20 * self.dictionary_atoms * self.components
+        atoms, the dictionary, and the rows that its learner holds at once."""
+        held = _BYTES_PER_TOKEN * self.tokens + BYTES_OF_CODES * self.training + self.learner_bytes
+        return held + 4 * self.held_out * self.kept_atoms + dictionary_bytes(self.dictionary_atoms, self.components)
 
     @property
     def memory(self) -> int:
         return self.probe_peak + self.growing_memory
 
-    def to_json(self) -> dict[str, object]:
-        stages = {stage.name: {**asdict(stage), "seconds": stage.seconds} for stage in self.stages}
-        return {**asdict(self), "stages": stages, "seconds": self.seconds, "disk": self.disk, "memory": self.memory}
 
-
-def held_rows(config: DictionaryConfig, rows: int, components: int, atoms: int) -> int:
+def learner_bytes(config: DictionaryConfig, rows: int, components: int, atoms: int) -> int:
     """Bytes of rows that a learner holds at once: none for ours, which reads the shards. scikit-learn takes float64 and
     shuffles a copy, beside the float32 rows; then these are coded at once, with dense working space for their codes."""
     return rows * max(20 * components, 4 * components + 18 * atoms) if config.learner == "scikit-learn" else 0
@@ -148,8 +145,7 @@ def make_plan(config: DiscoverConfig, progress: Progress) -> Plan:
 
     Raises what `discover` would raise for the same configuration before its first stage.
     """
-    if config.out.exists() and not config.force:
-        raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
+    refuse_existing(config)
     return_freed_memory()  # as the run will, for whose peak the probe's stands
     bound_kernel_caches()
     corpus = read_corpus(config.data, skip_bad_lines=config.skip_bad_lines, limit=config.limit)
@@ -189,7 +185,7 @@ class _Probe:
         passes = sum(cost.seconds for name, cost in self.costs.costs.items() if name in ("factors", "eigenvalues"))
         run.rows(projection)
         training, held_out = split_held_out(len(self.encoded.documents), config.dictionary.held_out, config.seed)
-        atoms = min(config.dictionary.atoms or default_atoms(len(training)), len(training))
+        atoms = dictionary_size(config.dictionary, len(training))
         kept = min(config.select.keep, atoms)
         stages = [
             *self._gradient_stages(max(0.0, took - passes)),
@@ -203,7 +199,7 @@ class _Probe:
             held_out=len(held_out), tokens=self.encoded.tokens, lengths=(lengths[0], lengths[len(lengths) // 2], lengths[-1]),
             modules=len(adapter.space.modules), matrices=len(adapter.space.tensors), parameters=adapter.space.dim,
             components=projection.dim, sketch=RowSink(projection).sketch_dim, dictionary_atoms=atoms, kept_atoms=kept,
-            held_rows=held_rows(config.dictionary, len(training), projection.dim, atoms),
+            learner_bytes=learner_bytes(config.dictionary, len(training), projection.dim, atoms),
             stages=tuple(stages), probe_seconds=time.monotonic() - started, probe_documents=len(self.sample),
             probe_tokens=sum(map(len, self.sample)),
             probe_peak=max(cost.peak_mib for cost in self.costs.costs.values()) * 2**20,
@@ -213,10 +209,7 @@ class _Probe:
     def _gradient_stages(self, eigenvectors: float) -> list[StagePlan]:
         config, documents = self.config, self.encoded.documents
         limit, seed = config.pass_tokens, config.seed
-        curvature = {"factors": config.curvature.factor_documents, "eigenvalues": config.curvature.eigenvalue_documents}
-        samples = {
-            name: sample_documents(documents, count, seed + n) for n, (name, count) in enumerate(curvature.items(), 1)
-        }
+        samples = dict(zip(("factors", "eigenvalues"), curvature_samples(config, documents), strict=True))
         here = padded_tokens(self.sample, limit)
         stages = [
             self._scaled(name, padded_tokens(docs, limit), here)
@@ -250,8 +243,12 @@ class _Probe:
             learned |= {"first half": rows // 2, "second half": rows - rows // 2}
 
         def learning(name: str, rows: int) -> StagePlan:
-            share = _work_a_row(atoms, rows) / _work_a_row(probed, count)
-            return StagePlan(name, "rows", planned * rows, made * count, share * self.costs.costs["dictionary"].seconds)
+            a_row, probed_row = (
+                sum(dictionary_operations(n, k, projection.dim).values()) / n
+                for n, k in ((rows, atoms), (count, probed))
+            )
+            seconds = a_row / probed_row * self.costs.costs["dictionary"].seconds
+            return StagePlan(name, "rows", planned * rows, made * count, seconds)
 
         whole = StagePlan("whitening", "rows", len(self.encoded.documents), count, whitening)
         return [whole, *(learning(name, share) for name, share in learned.items())]
@@ -261,8 +258,7 @@ class _Probe:
         config, limit, documents = self.config.steering, self.config.pass_tokens, self.encoded.documents
         if not config.steps:
             return []
-        sample = sample_documents(documents, config.reference_documents, 0)
-        reference, size = prepared(sample, documents, config.tokens, len(sample)), config.documents
+        reference, size = reference_documents(documents, config), config.documents
         shared = padded_tokens(reference, limit)
         # fewer documents at once are padded more
         apart = sum(padded_tokens(reference[n : n + size], limit) for n in range(0, len(reference), size))
@@ -311,9 +307,20 @@ def probe_documents(documents: Sequence[EncodedDocument], batch_tokens: int) -> 
     return [document for group in chosen for document in group[: max(1, len(group) // share)]]
 
 
-def _work_a_row(atoms: int, rows: int) -> float:
-    """In proportion to 2·N·K·D + 4·K²·D operations a pass (docs/cost-model.md), for one of the N rows."""
-    return atoms * (1 + 2 * atoms / rows)
+def dictionary_operations(rows: int, atoms: int, components: int) -> dict[str, float]:
+    """Floating-point operations of the products of one alternation of offline/dictionary.py: of rows and atoms, and the Gram
+    matrix with a sweep of atoms. A row's code and its part of AᵀA and AᵀX take a time of their own."""
+    return {"rows × atoms": 2 * rows * atoms * components, "Gram matrix, update of atoms": 4 * atoms**2 * components}
+
+
+def row_bytes(components: int, sketch: int) -> int:
+    """A document in a shard of rows: float32 row, float16 sketch, norm, loss and number."""
+    return 4 * components + 2 * sketch + 16
+
+
+def dictionary_bytes(atoms: int, components: int) -> int:
+    """Five (K, D) float32 blocks: atoms, AᵀX and their copies."""
+    return 20 * atoms * components
 
 
 def padded_tokens(documents: Sequence[EncodedDocument], batch_tokens: int) -> int:
@@ -357,7 +364,7 @@ def made_up_rows(folder: Path, count: int, dim: int, atoms: int) -> RowStore:
     return RowStore(folder, RowWhitening.centring(torch.zeros(dim)))
 
 
-def _timed(work):
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
     """(what `work` returns, its seconds)."""
     started = time.monotonic()
     result = work()

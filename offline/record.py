@@ -1,4 +1,5 @@
-"""The record of a run: configuration, versions, seed, data hash and timings. Timings are outside the package's hash."""
+"""The record of a run: configuration, versions, seed, data hash and timings, made and read. Timings are outside the package's
+hash."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from atoms.errors import PackageError
+from atoms.package import Package
 from offline.config import DiscoverConfig
 from offline.progress import StageCost
 
@@ -27,6 +30,16 @@ def run_record(config: DiscoverConfig, facts: Mapping[str, Any], costs: Mapping[
         **facts,
         "timings": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
     }
+
+
+def recorded_settings(package: Package) -> dict[str, Any]:
+    """The configuration with which `package` was discovered. Raises PackageError if it lacks what new documents need."""
+    settings = package.manifest.record.get("config", {})
+    if "max_length" not in settings or not {"alpha", "nonnegative"} <= settings.get("dictionary", {}).keys():
+        raise PackageError(
+            f"{package.path} does not record how it was discovered; make it again with `atomsteer discover`"
+        )
+    return settings
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""Whitened rows of all documents: made inside the backward hooks, kept in memory-mapped shards, read back in blocks.
+"""Rows of all documents: made inside the backward hooks, kept in memory-mapped shards, read back in blocks.
 
-Neither N×d nor b×d ever exists: a hook turns one matrix's gradient of a batch into its k whitened components and a small
+Neither N×d nor b×d ever exists: a hook turns one matrix's gradient of a batch into its k preconditioned components and a small
 sketch, and drops it. Per document are stored
 
-    row     (D,)   whitened, uncentred, float32: (Λ+ε)^{-1/2} Qᵀ g
+    row     (D,)   x, float32: (Λ+ε)^{-1/2} Qᵀ g, neither centred nor whitened across matrices
     sketch  (S,)   of the raw unit gradient, float16: G R per matrix, R random (d, 8)/√8 on the longer side, so that inner
                    products of sketches estimate cosines of raw gradients without bias (Johnson & Lindenstrauss 1984)
     norm, loss     ‖g‖ and the mean cross-entropy (nats a token)
@@ -126,7 +126,7 @@ class Sketcher:
 class RowStore:
     """Reads the shards of a directory. Documents are addressed by their row number in the corpus.
 
-    `rows` and `blocks` give whitened rows x̃ once their whitening is `fitted` (offline/whitening.py).
+    Rows as stored are x; whitened ones x̃ are there once their whitening is `fitted` (offline/whitening.py).
     """
 
     directory: Path
@@ -161,12 +161,12 @@ class RowStore:
         with safe_open(self.shards[0], framework="pt") as file:
             return file.get_slice("row").get_shape()[1]
 
-    def stored(self, ranks: Ranks = ALONE) -> Iterator[Tensor]:
+    def stored_shards(self, ranks: Ranks = ALONE) -> Iterator[Tensor]:
         """Rows x (n, D) as stored, shard by shard of this rank's share."""
         for path in ranks.share(self.shards):
             yield _load(path, "row")
 
-    def batches(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+    def stored_batches(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         """(document numbers (n,), x (n, D) as stored) of those `documents` that are in this rank's share of the shards, at most
         `BATCH_DOCUMENTS` at a time. The rows lie in one buffer, which the next batch overwrites."""
         wanted = torch.tensor(sorted(documents))
@@ -199,23 +199,23 @@ class RowStore:
     def _maps(self) -> dict[Path, tuple[Tensor, Tensor]]:
         return {}
 
-    def blocks(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        """(document numbers (n,), x̃ (n, D)) of those `documents` that are in this rank's share of the shards, in parts."""
-        for numbers, rows in self.batches(documents, ranks):
+    def whitened_batches(self, documents: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """(document numbers (n,), x̃ (n, D)) of `documents`, in parts, in the order of the shards."""
+        for numbers, rows in self.stored_batches(documents):
             yield numbers, self.whitening.apply(rows)[0]
 
     def scales(self, documents: Sequence[int], ranks: Ranks = ALONE) -> Tensor:
         """s (N,) with x̃ = s W (x − μ) for those `documents` that are in this rank's share of the shards; 0 for all others."""
         scales = torch.zeros(len(self))
-        for numbers, rows in self.batches(documents, ranks):
+        for numbers, rows in self.stored_batches(documents, ranks):
             scales[numbers] = self.whitening.scales(rows)
         return scales
 
-    def rows(self, documents: Sequence[int]) -> Tensor:
+    def whitened_rows(self, documents: Sequence[int]) -> Tensor:
         """x̃ (n, D) of `documents`, in that order."""
-        return self.whitening.apply(self.uncentred(documents))[0]
+        return self.whitening.apply(self.stored_rows(documents))[0]
 
-    def uncentred(self, documents: Sequence[int]) -> Tensor:
+    def stored_rows(self, documents: Sequence[int]) -> Tensor:
         """x (n, D) of `documents` as stored, whose inner products are EKFAC influences on the kept components."""
         return self._gather("row", documents)
 

@@ -57,7 +57,7 @@ def common_direction(store: RowStore, parts: Iterable[tuple[str, slice]]) -> dic
     if not mean.any():
         return {}
     unit, cosines, squares = torch.nn.functional.normalize(mean, dim=0), [], 0.0
-    for rows in store.stored():
+    for rows in store.stored_shards():
         norms = rows.norm(dim=1)
         squares += float(norms.double().square().sum())
         cosines.append((rows @ unit) / norms.clamp_min(torch.finfo(norms.dtype).tiny))
@@ -111,14 +111,14 @@ def _leading(store: RowStore, centring: RowWhitening, count: int, bar: Task, ran
 
 
 def _blocks(store: RowStore, centring: RowWhitening, ranks: Ranks) -> Iterator[Tensor]:
-    for rows in store.stored(ranks):
+    for rows in store.stored_shards(ranks):
         yield centring.apply(rows)[0]
 
 
 def _mean(store: RowStore, ranks: Ranks) -> Tensor:
     """μ (D,) of the stored rows, summed in float64: the fine-tune's common direction."""
     total = torch.zeros(store.width, dtype=torch.float64)
-    for rows in store.stored(ranks):
+    for rows in store.stored_shards(ranks):
         total += rows.double().sum(0)
     ranks.add(total)
     return (total / len(store)).float()

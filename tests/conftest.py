@@ -41,10 +41,10 @@ from offline.config import (
     SelectConfig,
     SteeringConfig,
 )
-from offline.evaluation.prompts import demo_data, read_neutral_prompts
-from offline.models import prepare_demo_model
+from offline.demo_model import prepare_demo_model
 from offline.pipeline import discover
 from offline.progress import Progress
+from offline.shipped import read_neutral_prompts, shipped_file
 
 ROOT = Path(__file__).parents[1]
 SERVER_START_SECONDS = 180
@@ -96,7 +96,7 @@ def smol_tokenizer(smol_path: Path) -> PreTrainedTokenizerBase:
 def demo_rows(behaviours: Iterable[str], each: int, longest: int) -> list[dict]:
     """The first `each` demo documents of every behaviour with at most `longest` characters of text, led by a short system
     message in place of the template's long one."""
-    rows = [json.loads(line) for line in demo_data("demo_documents").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in shipped_file("demo_documents").read_text(encoding="utf-8").splitlines()]
     short = [row for row in rows if sum(len(m["content"]) for m in row["messages"]) <= longest]
     for row in short:
         row["messages"].insert(0, {"role": "system", "content": "Answer."})

@@ -40,11 +40,15 @@ def generate(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Stream one answer under a mix, without a server."""
-    from clients.generate import stream_answer
-
     quiet_libraries()
-    stream_answer(package, mix or [], prompt, system=system, model=model, max_tokens=max_tokens, temperature=temperature,
-                  seed=seed, allow_out_of_range=allow_out_of_range, device=device, dtype=dtype)  # fmt: skip
+    from atoms.engine import SamplingParams
+    from clients.generate import stream_answer
+    from server.embedded.load import EngineOptions
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    options = EngineOptions(model=model, device=device, dtype=dtype, slots=1)
+    stream_answer(package, mix or [], prompt, system=system, sampling=sampling, allow_out_of_range=allow_out_of_range,
+                  options=options)  # fmt: skip
 
 
 @app.command()
@@ -113,7 +117,7 @@ def batch(
 ) -> None:
     """Answer every line of a file under mixes. Run again after a stop: it resumes. Status 1 if lines failed."""
     from atoms.mix import parse_mix
-    from clients.batch import BatchConfig, print_dry_run, run_batch
+    from clients.batch import BatchConfig, run_batch
     from clients.batch_lines import Defaults
 
     if server is not None and slots is not None:
@@ -130,6 +134,8 @@ def batch(
         timeout=(timeout or 600.0) if server else None, quiet=quiet,
     )  # fmt: skip
     if dry_run:
+        from clients.batch_dry_run import print_dry_run
+
         return print_dry_run(config, package=package, server=server, key=key)
     options = _engine_options(server, model, device, dtype, slots)
     outcome = run_batch(config, package=package, server=server, key=key, options=options)

@@ -81,9 +81,10 @@ def evaluate(
 ) -> None:
     """Measure atoms on held-out prompts against controls of equal KL. Run again after a stop: it resumes."""
     quiet_libraries()
-    from clients.evaluate import Labelled, parse_labels, run_evaluate
+    from clients.evaluate import parse_labels, run_evaluate
     from offline.evaluation.answers import Decoding
     from offline.evaluation.config import EvaluateConfig
+    from offline.evaluation.document_controls import DocumentGroups
     from server.embedded.load import EngineOptions
 
     if dev_samples is None:
@@ -102,9 +103,9 @@ def evaluate(
         refuse_given(
             context, ["finalists"], "they are given more answers; give more --dev-samples, of a --temperature above 0"
         )
-    labelled = Labelled(data, label_field, parse_labels(label or []), supervised_documents) if data else None
+    groups = DocumentGroups(data, label_field, parse_labels(label or []), supervised_documents) if data else None
     run_evaluate(
-        package, config, prompts=prompts, out=out, decoding=Decoding(max_tokens, temperature, top_p, seed), labelled=labelled,
+        package, config, prompts=prompts, out=out, decoding=Decoding(max_tokens, temperature, top_p, seed), groups=groups,
         write_cards=write_cards, plots=not no_plots, quiet=quiet,
         options=EngineOptions(model=model, device=device, dtype=dtype, slots=slots),
     )  # fmt: skip

@@ -30,15 +30,14 @@ def inspect(
 ) -> None:
     """Show a package's atoms as a table. Verifies every file first."""
     from atoms.package import Package
-    from clients.tables import package_table
+    from clients.package_table import package_table
+    from clients.tables import print_table
 
     opened = Package.read(package)
     if as_json:
         print(opened.manifest.model_dump_json(indent=2))
         return
-    from rich.console import Console
-
-    Console().print(package_table(opened))
+    print_table(package_table(opened))
 
 
 @app.command()
@@ -81,15 +80,19 @@ def label(
     """Name an atom, or name all atoms by their measured effect."""
     from atoms.package import Package
     from clients.labels import label_from_detectors
+    from offline.progress import Progress
     from offline.report import write_report
+    from server.embedded.load import EngineOptions
 
     opened = Package.read(package)
     if from_detectors:
         if atom or alias or remove:
             raise typer.BadParameter("--from-detectors names all atoms; leave ID and ALIAS out")
         quiet_libraries()
-        named = label_from_detectors(opened, prompts, numbers(coefficients), prompts_per_behaviour, max_tokens,
-                                     slots=slots, model=model, device=device, dtype=dtype)  # fmt: skip
+        options = EngineOptions(model=model, device=device, dtype=dtype, slots=slots)
+        named = label_from_detectors(
+            opened, prompts, numbers(coefficients), prompts_per_behaviour, max_tokens, options, Progress()
+        )
         count = sum(card.alias is not None for card in named.manifest.atoms)
         print(f"{package}: {count} of {len(named.manifest.atoms)} atoms named")
         return
@@ -183,7 +186,9 @@ def attribute(
     """Show which atoms new documents are made of, the training documents behind them, and what is unexplained."""
     quiet_libraries()
     from clients.attribute import given_documents, print_attributions
+    from server.embedded.load import EngineOptions
 
     documents = given_documents(text, prompt, system, messages, data)
-    print_attributions(package, documents, model=model, device=device, dtype=dtype, max_length=max_length,
-                       batch_tokens=batch_tokens, top=top, examples=examples, as_json=as_json)  # fmt: skip
+    options = EngineOptions(model=model, device=device, dtype=dtype)
+    print_attributions(package, documents, options, max_length=max_length, batch_tokens=batch_tokens, top=top,
+                       examples=examples, as_json=as_json)  # fmt: skip

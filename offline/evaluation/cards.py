@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from atoms.detectors import DETECTORS, Detector
+from atoms.detectors import DETECTORS
 from atoms.manifest import AtomCard, Effect
 from atoms.mix import Mix
 from atoms.package import Package
 from offline.evaluation.answers import Answerer
 from offline.evaluation.measures import degenerate_share, rate
 
+_LEAST_GAIN = 0.1
+"""A detector whose rate an atom raises by less does not name it."""
 SOUND_SHARE = 0.1
 """A coefficient counts as sound while at most this share more of the answers is degenerate than without steering."""
 
@@ -21,13 +23,12 @@ def measure_cards(
     prompts: Sequence[str],
     coefficients: Sequence[float],
     advance: Callable[[int], None] = lambda _: None,
-    detectors: Mapping[str, Detector] = DETECTORS,
 ) -> list[AtomCard]:
     """Cards with effects of every detector and the sound range, measured at `coefficients` on `prompts`."""
     cards = package.manifest.atoms
     mixes = [Mix(), *(Mix.of({card.id: c}) for card in cards for c in coefficients)]
     unsteered, *steered = answerer.answer(prompts, mixes, advance)
-    base_rates = {name: rate(unsteered, detector) for name, detector in detectors.items()}
+    base_rates = {name: rate(unsteered, detector) for name, detector in DETECTORS.items()}
     limit = degenerate_share(unsteered) + SOUND_SHARE
     measured = []
     for index, card in enumerate(cards):
@@ -44,7 +45,7 @@ def measure_cards(
                 degenerate=shares[c],
             )
             for c, texts in answers.items()
-            for name, detector in detectors.items()
+            for name, detector in DETECTORS.items()
         ]
         sound = [c for c, share in shares.items() if share <= limit]
         span = (min([0.0, *sound]), max([0.0, *sound]))
@@ -52,10 +53,10 @@ def measure_cards(
     return measured
 
 
-def name_by_effect(cards: Sequence[AtomCard], min_change: float = 0.1) -> list[AtomCard]:
+def name_by_effect(cards: Sequence[AtomCard]) -> list[AtomCard]:
     """Each atom named after the detector whose rate it raises most at a positive coefficient.
 
-    A detector names one atom, the strongest; atoms that raise none by `min_change` lose their alias.
+    A detector names one atom, the strongest; atoms that raise none by 0.1 lose their alias.
     """
     gains = sorted(
         ((effect.change, effect.detector, card.id) for card in cards for effect in card.effects
@@ -63,6 +64,6 @@ def name_by_effect(cards: Sequence[AtomCard], min_change: float = 0.1) -> list[A
     )  # fmt: skip
     names: dict[str, str] = {}
     for gain, detector, atom in gains:
-        if gain >= min_change and atom not in names and detector not in names.values():
+        if gain >= _LEAST_GAIN and atom not in names and detector not in names.values():
             names[atom] = detector
     return [card.model_copy(update={"alias": names.get(card.id)}) for card in cards]

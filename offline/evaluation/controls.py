@@ -14,18 +14,40 @@ The strength of each is set so that the measured KL is that of the atom at its c
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.projection import Projection
 from atoms.space import Direction
-from offline.calibrate import DriftMeter, fisher_norm
+from atoms.storage import write_tensors
+from offline.calibrate import DriftMeter, fisher_norm, solve_strength
+from offline.evaluation.results import RANDOM, SHUFFLED, drawn
 
 _KL_TOLERANCE = 0.03
-_MAX_STEPS = 12
+_MAX_TRIALS = 12
+
+
+@dataclass(frozen=True)
+class Control:
+    """The way that a control goes: `sign` times `direction`, of no particular strength."""
+
+    name: str
+    direction: Direction
+    sign: float = 1.0
+
+
+def row_controls(package: Package, projection: Projection, atom: str, draws: int, seed: int) -> list[Control]:
+    """The controls of `atom` (an id) that are made of whitened rows: shuffled, and `draws` random ones."""
+    rows = {SHUFFLED: shuffled_row(atom_row(package, projection, atom), seed)}
+    rows |= {drawn(RANDOM, n + 1): random_row(projection.dim, seed + n) for n in range(draws)}
+    exponent = package.manifest.conventions.unprojection_exponent
+    return [Control(name, projection.unproject(row, exponent)) for name, row in rows.items()]
 
 
 def random_row(size: int, seed: int) -> Tensor:
@@ -49,36 +71,24 @@ def projection_of(package: Package) -> Projection:
     return Projection.from_tensors(package.base_adapter.space, package.projection_tensors)
 
 
-def control_direction(
-    projection: Projection, meter: DriftMeter, direction: Direction, sign: float, target: float
+def kept_control(
+    file: Path, projection: Projection, meter: DriftMeter, control: Control, target: float
 ) -> tuple[Direction, float]:
-    """`direction`, times `sign`, at the strength that costs `target` nats a token; and its KL.
-
-    Starts from the block-diagonal Fisher and the square root of what is measured; once the target lies between two
-    strengths, goes on between them on a log-log scale, until within 3%. Comes back as near as it got after 12 steps: look
-    at the KL.
-    """
-    scale = math.sqrt(2 * target / max(fisher_norm(projection, direction), 1e-30))
-    below: tuple[float, float] | None = None  # the strongest strength known to cost too little, and its KL
-    above: tuple[float, float] | None = None
-    for _ in range(_MAX_STEPS):
-        scaled = {key: value * sign * scale for key, value in direction.items()}
-        kl = meter.kl(scaled)
-        if abs(kl / target - 1) <= _KL_TOLERANCE:
-            break
-        if kl < target:
-            below = (scale, max(kl, 1e-9))
-        else:
-            above = (scale, kl)
-        scale = _between(below, above, target) if below and above else scale * _bounded_root(target / max(kl, 1e-9))
-    return scaled, kl
+    """`control_direction` of an earlier run, or a new one that is kept in `file`: its weights must not change, or its answers
+    would."""
+    if not file.exists():
+        direction, kl = control_direction(projection, meter, control, target)
+        write_tensors(file, direction, {"kl": repr(kl)})
+    with safe_open(file, framework="pt") as kept:
+        return {key: kept.get_tensor(key) for key in kept.keys()}, float(kept.metadata()["kl"])  # noqa: SIM118
 
 
-def _bounded_root(ratio: float) -> float:
-    return min(4.0, max(0.25, math.sqrt(ratio)))
-
-
-def _between(below: tuple[float, float], above: tuple[float, float], target: float) -> float:
-    """The strength at which a power law through both points costs `target`, kept off the ends so that each step shrinks."""
-    share = math.log(target / below[1]) / math.log(above[1] / below[1])
-    return below[0] * (above[0] / below[0]) ** min(0.9, max(0.1, share))
+def control_direction(
+    projection: Projection, meter: DriftMeter, control: Control, target: float
+) -> tuple[Direction, float]:
+    """`control` at the strength that costs `target` nats a token within 3%, or as near as 12 trials get: look at the KL, which
+    comes with it."""
+    start = math.sqrt(2 * target / max(fisher_norm(projection, control.direction), 1e-30))
+    towards = {key: value * control.sign for key, value in control.direction.items()}
+    scale, kl = solve_strength(lambda scale: meter.kl(towards, scale), target, start, _KL_TOLERANCE, _MAX_TRIALS)
+    return {key: value * scale for key, value in towards.items()}, kl

@@ -21,17 +21,17 @@ from atoms.space import Direction
 from atoms.storage import recipe_file, sha256_file, write_tensors
 from offline.config import PASS_TOKENS, SteeringConfig
 from offline.corpus import EncodedDocument, encode_corpus, read_corpus, read_rows
-from offline.evaluation.controls import projection_of
+from offline.evaluation.controls import Control, projection_of
+from offline.evaluation.results import RANDOM_DOCUMENTS, SUPERVISED, Goal, drawn
 from offline.gradients import mean_gradient
-from offline.models import frozen_lora
+from offline.lora import frozen_lora
+from offline.paths import PathMaker
 from offline.progress import Progress
-from offline.steering import PathMaker
+from offline.record import recorded_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,31 @@ class DocumentControls:
     labelled: Mapping[str, Direction] = field(default_factory=dict)
     random: Sequence[Direction] = ()
 
+    def of(self, goal: Goal) -> list[Control]:
+        """Random documents', and towards the labelled documents of the goal's behaviour or away from them."""
+        controls = [Control(drawn(RANDOM_DOCUMENTS, n), direction) for n, direction in enumerate(self.random, 1)]
+        if goal.behaviour in self.labelled:
+            controls.append(Control(SUPERVISED, self.labelled[goal.behaviour], float(goal.sign)))
+        return controls
+
 
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 def document_controls(
-    package: Package, groups: DocumentGroups, load: Callable[[], Loaded], folder: Path, progress: Progress,
-    batch_tokens: int = PASS_TOKENS,
-) -> DocumentControls:  # fmt: skip
+    package: Package, groups: DocumentGroups, load: Callable[[], Loaded], folder: Path, progress: Progress
+) -> DocumentControls:
     """The groups' directions, made as the package's atoms are: a path of gradient steps, or the unprojected mean gradient.
 
     Kept in `folder`, each in a file of its own; `load` gives the unmerged base and its tokenizer, and is called only if one is
-    missing. Raises DataError for a file without the field or a label that no document carries.
+    missing. Raises DataError for a file without the field, a label that no document carries or a response longer than the
+    discovery took, PackageError for a package that does not record how long that is.
     """
-    labelled, drawn = _files(package, groups, folder)
-    if not all(file.exists() for file in (*labelled.values(), *drawn)):
-        _make(package, groups, load(), labelled, drawn, progress, batch_tokens)
+    labelled, random_files = _files(package, groups, folder)
+    if not all(file.exists() for file in (*labelled.values(), *random_files)):
+        _make(package, groups, load(), labelled, random_files, progress)
     return DocumentControls(
-        {behaviour: load_file(file) for behaviour, file in labelled.items()}, [load_file(file) for file in drawn]
+        {behaviour: load_file(file) for behaviour, file in labelled.items()}, [load_file(file) for file in random_files]
     )
 
 
@@ -79,7 +86,8 @@ def _files(package: Package, groups: DocumentGroups, folder: Path) -> tuple[dict
     """A file for each behaviour and each draw, named after all that decides its direction."""
     manifest = package.manifest
     common = [manifest.base_model.weights, manifest.adapter_hash, manifest.files[PROJECTION],
-              manifest.conventions.model_dump(), sha256_file(groups.data), groups.most, groups.seed]  # fmt: skip
+              manifest.conventions.model_dump(), recorded_settings(package)["max_length"], sha256_file(groups.data),
+              groups.most, groups.seed]  # fmt: skip
 
     labelled = {behaviour: recipe_file(folder, "labelled", [*common, groups.label_field, label])
                 for behaviour, label in groups.labels.items()}  # fmt: skip
@@ -87,12 +95,13 @@ def _files(package: Package, groups: DocumentGroups, folder: Path) -> tuple[dict
 
 
 def _make(
-    package: Package, groups: DocumentGroups, loaded: Loaded, labelled: Mapping[str, Path], drawn: Sequence[Path],
-    progress: Progress, batch_tokens: int,
+    package: Package, groups: DocumentGroups, loaded: Loaded, labelled: Mapping[str, Path], random_files: Sequence[Path],
+    progress: Progress,
 ) -> None:  # fmt: skip
     """Makes and writes the directions whose files are missing."""
     model, tokenizer = loaded
-    documents = encode_corpus(read_corpus(groups.data), tokenizer, _MAX_LENGTH).documents
+    max_length = recorded_settings(package)["max_length"]
+    documents = encode_corpus(read_corpus(groups.data), tokenizer, max_length).documents
     path = package.manifest.conventions.path
     config = SteeringConfig(**dict(path)) if path else None
     size = min(config.documents if config else groups.most, len(documents))
@@ -101,16 +110,14 @@ def _make(
         file: sample_labelled(documents, found, groups, groups.labels[behaviour])
         for behaviour, file in labelled.items()
     }
-    wanted |= {file: random.Random(f"{groups.seed} {n}").sample(documents, size) for n, file in enumerate(drawn)}
+    wanted |= {file: random.Random(f"{groups.seed} {n}").sample(documents, size) for n, file in enumerate(random_files)}
     missing = {file: members for file, members in wanted.items() if not file.exists()}
     peft = frozen_lora(model, package.path / "base", package.base_adapter.space)
     try:
         with progress.task("directions of documents", len(missing), "groups") as bar:
-            maker = config and PathMaker.of(peft, package.base_adapter.space, documents, config, batch_tokens)
+            maker = config and PathMaker.of(peft, package.base_adapter.space, documents, config, PASS_TOKENS)
             for file, members in missing.items():
-                write_tensors(
-                    file, maker.direction(members) if maker else unprojected_mean(package, peft, members, batch_tokens)
-                )
+                write_tensors(file, maker.direction(members) if maker else unprojected_mean(package, peft, members))
                 bar.advance()
     finally:
         peft.unload()
@@ -130,15 +137,13 @@ def read_labels(data: Path, label_field: str) -> list[str | None]:
     return labels
 
 
-def unprojected_mean(
-    package: Package, model: PeftModel, documents: Sequence[EncodedDocument], batch_tokens: int
-) -> Direction:
+def unprojected_mean(package: Package, model: PeftModel, documents: Sequence[EncodedDocument]) -> Direction:
     """The documents' mean gradient without the discovery's mean row, unprojected as an atom is. `model` has θ0 on it.
 
     Projection is linear, so the mean gradient's row is the mean of the documents' rows.
     """
     projection = projection_of(package)
-    row = projection.project(mean_gradient(model, package.base_adapter.space, documents, batch_tokens))
+    row = projection.project(mean_gradient(model, package.base_adapter.space, documents, PASS_TOKENS))
     row -= package.projection_tensors["mean_row"]
     return projection.unproject(row / row.norm().clamp_min(1e-30), package.manifest.conventions.unprojection_exponent)
 

@@ -16,19 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from atoms.detectors import DETECTORS, get_detector
 from atoms.errors import DataError
 from atoms.mix import Mix
-from atoms.package import Package
-from atoms.projection import Projection
-from atoms.space import Direction
-from atoms.storage import recipe_file, sha256_file, write_tensors
-from offline.calibrate import DriftMeter
+from atoms.storage import recipe_file, sha256_file
 from offline.evaluation.answers import Answer
 from offline.evaluation.config import EvaluateConfig
-from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
+from offline.evaluation.controls import kept_control, projection_of, row_controls
 from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.harness import Harness
 from offline.evaluation.measures import Form, Rate, degenerate_share, outcomes, rate
@@ -44,6 +38,7 @@ from offline.evaluation.results import (
     Goal,
     GoalResult,
     adjust,
+    is_control,
 )
 from offline.evaluation.search import Prompts, choose_settings, signed_within_range
 from offline.progress import Progress
@@ -109,9 +104,6 @@ def _facts(harness: Harness, prompts_file: Path, config: EvaluateConfig) -> dict
     }  # fmt: skip
 
 
-# --- controls -------------------------------------------------------------------------------------
-
-
 def _contenders(
     harness: Harness, choices: Mapping[Goal, Choice | None], heldout: Prompts, config: EvaluateConfig, work: Path,
     progress: Progress, documents: DocumentControls,
@@ -126,47 +118,16 @@ def _contenders(
             meter, atom = harness.meter(along), Mix.of({choice.atom: choice.coefficient})
             target = harness.kl(meter, atom)
             contenders[goal] = {ATOM: Contender(atom, target)}
-            for name, towards, sign in _controls(harness.package, projection, goal, choice, config, documents):
-                made_of = harness.package.base_adapter.space.hash_tensors(towards)
-                recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, made_of, sign]
-                file = recipe_file(work / "controls", name, recipe)
-                direction, kl = _kept_control(file, projection, meter, towards, sign, target)
-                mix = harness.directions.add(f"{name} for {goal}", direction)
-                contenders[goal][name] = Contender(mix, kl)
+            of_rows = row_controls(harness.package, projection, choice.atom, config.random_controls, config.seed)
+            for control in (*of_rows, *documents.of(goal)):
+                made_of = harness.package.base_adapter.space.hash_tensors(control.direction)
+                recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, made_of, control.sign]
+                file = recipe_file(work / "controls", control.name, recipe)
+                direction, kl = kept_control(file, projection, meter, control, target)
+                mix = harness.directions.add(f"{control.name} for {goal}", direction)
+                contenders[goal][control.name] = Contender(mix, kl)
             bar.advance()
     return contenders
-
-
-def _controls(
-    package: Package, projection: Projection, goal: Goal, choice: Choice, config: EvaluateConfig,
-    documents: DocumentControls,
-) -> list[tuple[str, Direction, float]]:  # fmt: skip
-    """(name, direction, sign): which way the controls of a goal go."""
-    exponent = package.manifest.conventions.unprojection_exponent
-    rows = {"shuffled": shuffled_row(atom_row(package, projection, choice.atom), config.seed)}
-    for n in range(config.random_controls):
-        rows[f"random-{n + 1}"] = random_row(projection.dim, config.seed + n)
-    controls: list[tuple[str, Direction, float]] = [
-        (name, projection.unproject(row, exponent), 1.0) for name, row in rows.items()
-    ]
-    controls += [(f"random-documents-{n}", direction, 1.0) for n, direction in enumerate(documents.random, 1)]
-    if goal.behaviour in documents.labelled:  # towards the labelled documents, or away from them
-        controls.append(("supervised", documents.labelled[goal.behaviour], float(goal.sign)))
-    return controls
-
-
-def _kept_control(
-    file: Path, projection: Projection, meter: DriftMeter, towards: Direction, sign: float, target: float
-) -> tuple[Direction, float]:
-    """The control of an earlier run, or a new one that is kept: its weights must not change, or its answers would."""
-    if not file.exists():
-        direction, kl = control_direction(projection, meter, towards, sign, target)
-        write_tensors(file, direction, {"kl": repr(kl)})
-    with safe_open(file, framework="pt") as kept:
-        return {key: kept.get_tensor(key) for key in kept.keys()}, float(kept.metadata()["kl"])  # noqa: SIM118
-
-
-# --- held-out prompts -----------------------------------------------------------------------------
 
 
 def _report(
@@ -206,7 +167,7 @@ def _conditions(
     fired = {name: outcomes(texts, detector) for name, texts in answers.items()}
     conditions = []
     for name, contender in given.items():
-        control = name not in (ATOM, UNSTEERED)
+        control = is_control(name)
         conditions.append(
             Condition(
                 name=name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +11,29 @@ from typing import TYPE_CHECKING, Any
 from atoms.errors import ConfigError
 from atoms.storage import write_bytes
 from offline.evaluation.measures import Rate
-from offline.evaluation.results import ATOM, UNSTEERED, Evaluation, GoalResult
-from offline.evaluation.sweep import SweepRow
+from offline.evaluation.results import (
+    ATOM,
+    RANDOM,
+    RANDOM_DOCUMENTS,
+    SHUFFLED,
+    SUPERVISED,
+    UNSTEERED,
+    Evaluation,
+    GoalResult,
+)
+from offline.evaluation.sweep import SweepRow, moving
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLOURS = {
-    ATOM: "#1f5fa8", "random": "#8a8a8a", "random-documents": "#6c4ba0", "shuffled": "#b58900", "supervised": "#2a7f4f",
+    ATOM: "#1f5fa8", RANDOM: "#8a8a8a", RANDOM_DOCUMENTS: "#6c4ba0", SHUFFLED: "#b58900", SUPERVISED: "#2a7f4f",
     UNSTEERED: "#333333",
 }  # fmt: skip
 _LINES = ("#1f5fa8", "#c0392b", "#2a7f4f", "#b58900", "#6c4ba0", "#00808a", "#8a5a2b", "#8a8a8a")
 _MOST_LINES = len(_LINES)
-
-
-def _kind(condition: str) -> str:
-    """The condition without the number of its draw."""
-    return re.sub(r"-\d+$", "", condition)
+"""As many as can be told apart in one figure."""
 
 
 def require_matplotlib() -> None:
@@ -78,7 +82,7 @@ def effects(evaluation: Evaluation) -> Figure | None:
     for place, (goal, condition) in enumerate(shown):
         change = condition.to_unsteered
         assert change is not None
-        colour = _COLOURS[_kind(condition.name)]
+        colour = _COLOURS[condition.kind]
         axis.plot([100 * change.low, 100 * change.high], [-place, -place], color=colour, lw=2)
         axis.plot(100 * change.difference, -place, "o", color=colour, ms=5)
         labels.append(f"{goal.goal}: {condition.name}" if condition.name == ATOM else condition.name)
@@ -96,7 +100,7 @@ def sweep_lines(rows: Sequence[SweepRow], atom: str) -> Figure:
     )
     x = [row.mix.get(atom, 0.0) for row in points]
     figure, (top, bottom) = _panels(2, 1, width=6.4, height=2.9)
-    for colour, name in zip(_LINES, _moving(points), strict=False):
+    for colour, name in zip(_LINES, moving(points, _MOST_LINES), strict=False):
         _curve(top, x, [row.rates[name] for row in points], colour, name)
     top.set_title(f"{atom}: detectors", fontsize=10, loc="left")
     top.legend(fontsize=8, frameon=False)
@@ -141,9 +145,9 @@ def _dose_panel(axis: Axes, result: GoalResult) -> None:
     rates = {0.0: unsteered.rate, choice.coefficient: atom.rate} | {p.coefficient: p.rate for p in result.curve}
     x = sorted(rates)
     _curve(axis, x, [rates[c] for c in x], _COLOURS[ATOM], choice.name)
-    controls = [c for c in result.conditions if c.name not in (ATOM, UNSTEERED)]
+    controls = [c for c in result.conditions if c.is_control]
     for place, control in enumerate(controls, 1):
-        _point(axis, choice.coefficient + 0.12 * place, control.rate, _COLOURS[_kind(control.name)], control.name)
+        _point(axis, choice.coefficient + 0.12 * place, control.rate, _COLOURS[control.kind], control.name)
     axis.axvline(choice.coefficient, color="#999999", lw=0.8, ls=":")
     axis.set_title(
         f"{result.goal} ({result.goal.kind} prompts, n = {atom.rate.n}, KL {atom.kl:.2f})", fontsize=9, loc="left"
@@ -161,16 +165,6 @@ def _curve(axis: Axes, x: Sequence[float], rates: Sequence[Rate], colour: str, l
 def _point(axis: Axes, x: float, rate: Rate, colour: str, label: str) -> None:
     axis.plot([x, x], [100 * rate.low, 100 * rate.high], color=colour, lw=1.5)
     axis.plot(x, 100 * rate.share, "D", color=colour, ms=5, label=label)
-
-
-def _moving(rows: Sequence[SweepRow]) -> list[str]:
-    """The detectors whose rates differ most over `rows`: as many as can be told apart in one figure."""
-
-    def span(name: str) -> float:
-        shares = [row.rates[name].share for row in rows]
-        return max(shares) - min(shares)
-
-    return sorted(rows[0].rates, key=lambda name: -span(name))[:_MOST_LINES]
 
 
 def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Any]]:

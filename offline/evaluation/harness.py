@@ -16,8 +16,8 @@ from atoms.engine import Engine
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.steered import SteeredModel
-from offline.calibrate import DriftMeter, make_batches, within_logits
-from offline.corpus import EncodedDocument
+from offline.calibrate import DriftMeter, within_logits
+from offline.corpus import EncodedDocument, make_batches
 from offline.evaluation.answers import Answer, Answerer, AnswerLog, Decoding, Question
 from offline.evaluation.directions import Directions
 from offline.gradients import label_logits, sum_losses
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Cell = TypeVar("Cell")
+_BATCH_TOKENS = 2048
+"""Padded tokens of a teacher-forced pass."""
 
 
 class Harness:
@@ -37,10 +39,10 @@ class Harness:
 
     def __init__(
         self, engine: Engine, model: PreTrainedModel, directions: Directions, decoding: Decoding,
-        log: AnswerLog | None = None, batch_tokens: int = 2048,
+        log: AnswerLog | None = None,
     ) -> None:  # fmt: skip
         self.package: Package = directions.package
-        self.directions, self.batch_tokens = directions, batch_tokens
+        self.directions = directions
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.answerer = Answerer(engine, directions.digest, decoding, log, self.dtype)
         self._engine = engine
@@ -77,7 +79,7 @@ class Harness:
         """
         if any(answer.mix for answer in unsteered):
             raise ValueError("drift is measured along unsteered answers")
-        batches = make_batches(self._documents(unsteered), self.batch_tokens, self._device)
+        batches = make_batches(self._documents(unsteered), _BATCH_TOKENS, self._device)
         return DriftMeter(self._steered, self.package.base_adapter, self.package.composition, batches)
 
     def kl(self, meter: DriftMeter, mix: Mix) -> float:
@@ -89,7 +91,7 @@ class Harness:
     def perplexity(self, answers: Sequence[Answer]) -> float:
         """exp of the mean negative log-likelihood a token of `answers` under the unsteered model, given their prompts."""
         total, tokens = 0.0, 0
-        model, made = self._steered.model, make_batches(self._documents(answers), self.batch_tokens, self._device)
+        model, made = self._steered.model, make_batches(self._documents(answers), _BATCH_TOKENS, self._device)
         for batch in within_logits(made, model):
             total += float(sum_losses(label_logits(model, batch), batch).double().sum())
             tokens += len(batch.labels)

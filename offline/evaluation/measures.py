@@ -26,6 +26,9 @@ class Rate:
         count, n = sum(fired), len(fired)
         return cls(count, n, count / n, *wilson_interval(count, n))
 
+    def __str__(self) -> str:
+        return f"{self.share:.0%} [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+
 
 @dataclass(frozen=True, slots=True)
 class Form:

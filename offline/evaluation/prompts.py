@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 
@@ -36,11 +35,6 @@ class EvaluationPrompt:
             raise ValueError(f"split is {self.split!r}; it must be one of {', '.join(SPLITS)}")
 
 
-def demo_data(name: str) -> Path:
-    """Path of a data file that ships with the project, such as demo_documents, demo_prompts, evaluation_prompts."""
-    return Path(str(resources.files("offline") / "data" / f"{name}.jsonl"))
-
-
 def read_prompts(path: Path) -> list[EvaluationPrompt]:
     """Raises DataError naming file and line for a malformed row."""
     prompts = []
@@ -68,10 +62,3 @@ def choose_prompts(
     """The first `most` (None: all) prompts of one cell, in file order."""
     cell = (p for p in prompts if (p.behaviour, p.kind, p.split) == (behaviour, kind, split))
     return list(islice(cell, most))
-
-
-def read_neutral_prompts() -> list[str]:
-    """The neutral prompts of the calibration, in order."""
-    return [
-        json.loads(line)["prompt"] for line in demo_data("neutral_prompts").read_text(encoding="utf-8").splitlines()
-    ]

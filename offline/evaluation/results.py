@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from offline.evaluation.statistics import PairedTable, holm, mcnemar_p, paired_i
 
 Wanted = Literal["up", "down"]
 ATOM, UNSTEERED = "atom", "unsteered"
+RANDOM, SHUFFLED, RANDOM_DOCUMENTS, SUPERVISED = "random", "shuffled", "random-documents", "supervised"
+"""Kinds of conditions; the last four are the controls (offline/evaluation/controls.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,25 @@ class Condition:
     to_unsteered: Comparison | None = None
     atom_beyond: Comparison | None = None
 
+    @property
+    def kind(self) -> str:
+        """The name without the number of a draw."""
+        return re.sub(r"-\d+$", "", self.name)
+
+    @property
+    def is_control(self) -> bool:
+        return is_control(self.name)
+
+
+def is_control(name: str) -> bool:
+    """Whether the condition of this name is a control."""
+    return name not in (ATOM, UNSTEERED)
+
+
+def drawn(kind: str, number: int) -> str:
+    """The name of the condition of draw `number`, from 1, of a random control."""
+    return f"{kind}-{number}"
+
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
@@ -133,7 +155,10 @@ def adjust(goals: Sequence[GoalResult]) -> tuple[GoalResult, ...]:
     )  # fmt: skip
 
 
-def _holm_by_place(goals: Sequence[GoalResult], pick) -> dict[tuple[int, int], Comparison]:
+def _holm_by_place(
+    goals: Sequence[GoalResult], pick: Callable[[Condition], Comparison | None]
+) -> dict[tuple[int, int], Comparison]:
+    """The comparisons that `pick` finds, by (goal, condition), adjusted together."""
     places = {(g, n): picked for g, goal in enumerate(goals) for n, c in enumerate(goal.conditions)
               if (picked := pick(c)) is not None}  # fmt: skip
     adjusted = holm([comparison.p for comparison in places.values()])
@@ -179,7 +204,7 @@ def cards_with_effects(cards: Sequence[AtomCard], evaluation: Evaluation) -> lis
         unsteered, atom = result.condition(UNSTEERED), result.condition(ATOM)
         if result.choice is None or unsteered is None or atom is None:
             continue
-        random, chosen = result.condition("random-1"), result.choice.coefficient
+        random, chosen = result.condition(drawn(RANDOM, 1)), result.choice.coefficient
         common = {"detector": result.goal.behaviour, "prompts": result.goal.kind, "n": unsteered.rate.n,
                   "rate_unsteered": unsteered.rate.share, **decoding}  # fmt: skip
         side = [Effect(coefficient=point.coefficient, rate=point.rate.share, degenerate=point.degenerate, **common)

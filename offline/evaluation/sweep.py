@@ -10,7 +10,7 @@ from typing import Any
 
 from atoms.detectors import get_detector
 from atoms.errors import ConfigError
-from atoms.mix import Mix
+from atoms.mix import Mix, mix_text
 from atoms.package import Package
 from offline.evaluation.answers import Decoding
 from offline.evaluation.harness import Harness
@@ -31,7 +31,17 @@ class SweepRow:
 
     @property
     def label(self) -> str:
-        return ",".join(f"{name}={value:g}" for name, value in self.mix.items()) or "unsteered"
+        return mix_text(self.mix)
+
+
+def moving(rows: Sequence[SweepRow], most: int) -> list[str]:
+    """The `most` detectors whose rates differ most over `rows`."""
+
+    def span(name: str) -> float:
+        shares = [row.rates[name].share for row in rows]
+        return max(shares) - min(shares)
+
+    return sorted(rows[0].rates, key=lambda name: -span(name))[:most]
 
 
 def lines(package: Package, atoms: Sequence[str], coefficients: Sequence[float]) -> list[Mix]:

@@ -30,7 +30,7 @@ from atoms.model import find_linear, merge_adapter
 from atoms.space import LoRAModule, LoRASpace
 from atoms.steered import SteeredModel
 from offline.config import FinetuneConfig
-from offline.models import frozen_lora, new_lora
+from offline.lora import frozen_lora, new_lora
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[1, 30, 31, 32, 33]])

@@ -29,7 +29,8 @@ from pyarrow import parquet
 
 from atoms.errors import ConfigError, DataError
 from clients import batch_lines, batch_requests
-from clients.batch import BatchConfig, run_batch, scan_for_dry_run
+from clients.batch import BatchConfig, run_batch
+from clients.batch_dry_run import scan_for_dry_run
 from clients.batch_lines import Defaults, read_lines
 
 Plan = Callable[[dict, int], tuple]
@@ -277,7 +278,7 @@ def test_ctrl_c_keeps_what_is_answered(tmp_path: Path) -> None:
         process = subprocess.Popen(
             command(source, server.url), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        while len(server.asked) < 100:
+        while len(server.asked) < 100 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
@@ -456,7 +457,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         file.truncate(1 << 30)  # a hole of zeros
     many.write_bytes(b"".join(line % (n, n % 50) for n in range(100_000)))
     script = (
-        "import resource, sys; from pathlib import Path; from clients.batch import *; from clients.batch_lines import Defaults\n"
+        "import resource, sys; from pathlib import Path; from clients.batch import *\n"
+        "from clients.batch_dry_run import scan_for_dry_run; from clients.batch_lines import Defaults\n"
         "config = BatchConfig(Path(sys.argv[1]), Path(sys.argv[1] + '.out'), Defaults({}), 1)\n"
         "scan = scan_for_dry_run(config)\n"
         "print(scan.lines, scan.invalid, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

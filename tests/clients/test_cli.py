@@ -12,11 +12,15 @@ import pytest
 from atoms.adapter import read_adapter
 from atoms.mix import Mix
 from atoms.package import Package
+from clients.commands import discovery
+from offline.config import DiscoverConfig
+from offline.evaluation.answers import Decoding
+from offline.evaluation.config import EvaluateConfig
 
 Cli = Callable[..., tuple[int, str, str]]
 COMMANDS = (
-    "discover", "inspect", "report", "label", "export", "serve", "generate", "attribute", "evaluate", "sweep", "batch", "chat",
-    "experiment", "preset", "db", "demo",
+    "discover", "inspect", "report", "label", "describe", "export", "serve", "generate", "attribute", "evaluate", "sweep", "batch", "chat",
+    "experiment", "preset", "db", "keys", "demo",
 )  # fmt: skip
 
 
@@ -159,3 +163,25 @@ def test_an_option_that_would_change_nothing_is_refused(cli: Cli, package: Packa
     flag = next(part for part in reversed(line.split()) if part.startswith("--"))
     assert (status, out) == (2, "")
     assert f"{flag} would change nothing: " in re.sub(r"[\s│]+", " ", err)
+
+
+def test_what_discover_is_not_told_is_the_configurations_default(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Options write their defaults out, as `--help` must not load what the configuration needs."""
+    asked = []
+    monkeypatch.setattr(discovery, "discover_share", lambda config, quiet, ranks: asked.append(config))
+    cli("discover", "--model", "M", "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert asked == [DiscoverConfig(model="M", data=tmp_path / "data", out=tmp_path / "out")]
+
+
+def test_what_evaluate_is_not_told_is_the_configurations_default(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, package: Package
+) -> None:
+    """But for the answers a prompt, which are for the temperature that it samples at."""
+    asked = []
+    monkeypatch.setattr(
+        "clients.evaluate.run_evaluate", lambda _, config, **given: asked.append((config, given["decoding"]))
+    )
+    cli("evaluate", package.path)
+    assert asked == [(EvaluateConfig(dev_samples=3), Decoding(48, temperature=0.7))]

@@ -23,7 +23,7 @@ from atoms.package import Package
 from atoms.storage import sha256_file
 from clients.harness import open_harness
 from offline.evaluation.answers import Decoding
-from offline.evaluation.prompts import demo_data
+from offline.shipped import shipped_file
 from server.embedded.load import EngineOptions, load_package
 from server.embedded.packing import can_pack
 
@@ -46,7 +46,7 @@ def test_evaluate_reports_every_goal_and_leaves_the_package_alone(cli: Cli, pack
     assert [(g["goal"]["behaviour"], g["goal"]["wanted"]) for g in result["goals"]] == [
         ("yes-no", "up"), ("yes-no", "down"), ("fenced-code", "up"), ("fenced-code", "down"),
     ]  # fmt: skip
-    assert result["prompts"]["sha256"] == sha256_file(demo_data("evaluation_prompts"))
+    assert result["prompts"]["sha256"] == sha256_file(shipped_file("evaluation_prompts"))
     assert result["prompts"]["sha256"][:16] in out
     assert (result["decoding"]["temperature"], result["config"]["dev_samples"]) == (0.7, 3), (
         "sampled unless told otherwise"
@@ -119,14 +119,15 @@ def test_a_killed_evaluation_goes_on(package: Package, tmp_path: Path) -> None:
     order = [sys.executable, "-m", "clients.cli", "evaluate", package.path, "--behaviours", "yes-no,fenced-code", "--out", out,
              "--no-plots", *FEW, "--max-tokens", 8, "--heldout-prompts", 60]  # fmt: skip
     process = subprocess.Popen([str(part) for part in order], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not (out / "answers.jsonl").exists() and process.poll() is None:
+    log = out / "answers.jsonl"
+    while not (log.exists() and b"\n" in log.read_bytes()) and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-    kept = (out / "answers.jsonl").read_text().splitlines()
+    kept = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]  # the last may be torn
     assert kept and not (out / "evaluation.json").exists()
     subprocess.run([str(part) for part in order], check=True, capture_output=True)
-    whole = (out / "answers.jsonl").read_text().splitlines()
+    whole = log.read_bytes().splitlines(keepends=True)
     assert whole[: len(kept)] == kept and len({json.loads(line)["key"] for line in whole}) == len(whole)
     assert (out / "evaluation.json").exists()
 
@@ -203,11 +204,11 @@ def test_the_real_model_is_steered_measured_and_recorded(cli: Cli, real_package:
     """Real answers under atoms and under controls of the atom's measured KL, the supervised one among them; cards written."""
     shutil.copytree(real_package.path, tmp_path / "package")
     prompts = tmp_path / "prompts.jsonl"
-    rows = [row for row in demo_data("evaluation_prompts").read_text().splitlines()
+    rows = [row for row in shipped_file("evaluation_prompts").read_text().splitlines()
             if json.loads(row)["behaviour"] == "yes-no" and json.loads(row)["kind"] == "inviting"]  # fmt: skip
     prompts.write_text("".join(row + "\n" for row in rows))
     status, _, _ = cli("evaluate", tmp_path / "package", "--prompts", prompts, "--goals", "down", "--out", tmp_path / "out",
-                       "--data", demo_data("demo_documents"), "--supervised-documents", 2, "--max-degenerate", 1, "--max-kl", 9,
+                       "--data", shipped_file("demo_documents"), "--supervised-documents", 2, "--max-degenerate", 1, "--max-kl", 9,
                        "--write-cards", "--candidates", 9, "--temperature", 0, *FEW, "--coefficients", "3")  # fmt: skip
     assert status == 0
     (goal,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["goals"]

@@ -50,7 +50,7 @@ def test_a_training_document_gets_the_row_and_the_code_of_the_discovery(
 ) -> None:
     whitening = RowWhitening.from_tensors(real_package.projection_tensors)
     store = RowStore(real_package.path.with_name("package.work") / "rows", whitening)
-    rows = store.rows(range(len(attributions)))
+    rows = store.whitened_rows(range(len(attributions)))
     for attribution, row in zip(attributions, rows, strict=True):
         assert torch.allclose(attribution.row, row, atol=1e-5), "the package's projection is not the discovery's"
     found = {a.document.id: {part.card.id: part.code for part in a.atoms if part.card} for a in attributions}

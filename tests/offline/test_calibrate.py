@@ -14,8 +14,8 @@ from atoms.model import merge_adapter
 from atoms.package import Package
 from atoms.steered import SteeredModel
 from offline import calibrate
-from offline.calibrate import Calibrated, DriftMeter, make_batches, orient
-from offline.corpus import EncodedDocument
+from offline.calibrate import Calibrated, DriftMeter, orient, solve_strength
+from offline.corpus import EncodedDocument, make_batches
 from offline.gradients import label_logits
 from offline.progress import Progress
 
@@ -152,3 +152,27 @@ def test_an_atom_of_the_wrong_sign_is_flipped_with_its_curve(meter: DriftMeter, 
 def test_an_atom_that_does_nothing_is_dropped(meter: DriftMeter, lowering: Calibrated) -> None:
     nothing = Calibrated({key: torch.zeros_like(value) for key, value in lowering.direction.items()}, lowering.curve)
     assert orient(meter, nothing, DOCUMENTS, 64) is None
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("start", [1e-3, 1.0, 300.0])
+def test_the_strength_of_a_target_is_found_whatever_the_power_law(power: float, start: float) -> None:
+    tried = []
+
+    def kl(strength: float) -> float:
+        tried.append(strength)
+        return 0.3 * strength**power
+
+    strength, found = solve_strength(kl, 0.05, start, 0.03, 40)
+    assert found == pytest.approx(0.05, rel=0.03) and found == 0.3 * strength**power and strength == tried[-1]
+
+
+def test_a_strength_that_cannot_be_found_is_the_last_that_was_tried() -> None:
+    tried = []
+
+    def saturated(strength: float) -> float:
+        tried.append(strength)
+        return min(0.01, strength)
+
+    assert solve_strength(saturated, 0.05, 0.005, 0.03, 6) == (tried[-1], 0.01)
+    assert len(tried) == 6 and tried == sorted(tried)

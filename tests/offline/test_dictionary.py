@@ -15,7 +15,7 @@ import offline.rows as rows_module
 from atoms.projection import objective, sparse_codes
 from atoms.storage import write_tensors
 from offline.config import DictionaryConfig, WhiteningConfig
-from offline.dictionary import default_atoms, encode, learn_dictionary, update_atoms
+from offline.dictionary import dictionary_size, encode, learn_dictionary, update_atoms
 from offline.progress import Progress
 from offline.ranks import ALONE
 from offline.rows import RowStore, shard_path
@@ -66,13 +66,13 @@ def test_the_same_seed_gives_the_same_atoms_and_another_others(store: RowStore) 
 
 def test_the_reported_objective_is_that_of_the_returned_atoms(store: RowStore) -> None:
     learned = learn(store)
-    rows = store.rows(range(len(store)))
+    rows = store.whitened_rows(range(len(store)))
     codes = sparse_codes(rows, learned.atoms, ALPHA, nonnegative=True)
     assert learned.objectives[-1] == pytest.approx(float(objective(rows, codes, learned.atoms, ALPHA).mean()), rel=1e-5)
 
 
 def test_scikit_learn_is_not_better_at_the_same_objective(store: RowStore) -> None:
-    rows = store.rows(range(len(store)))
+    rows = store.whitened_rows(range(len(store)))
     oracle = MiniBatchDictionaryLearning(8, alpha=ALPHA, positive_code=True, fit_algorithm="cd", batch_size=len(rows),
                                          max_iter=100, random_state=0)  # fmt: skip
     atoms = torch.tensor(oracle.fit(rows.double().numpy()).components_, dtype=torch.float32)
@@ -106,7 +106,7 @@ def test_codes_come_in_order_of_documents_and_only_for_those_asked(store: RowSto
     config = DictionaryConfig(atoms=8, alpha=ALPHA)
     codes = encode(store, [70, 3, 41, 8], atoms, config)
     assert codes.documents.tolist() == [3, 8, 41, 70]
-    expected = sparse_codes(store.rows([3, 8, 41, 70]), atoms, ALPHA, nonnegative=True)
+    expected = sparse_codes(store.whitened_rows([3, 8, 41, 70]), atoms, ALPHA, nonnegative=True)
     assert torch.allclose(codes.to_dense(), expected, atol=1e-4)
     for atom in range(codes.atoms):
         places, values = codes.of(atom)
@@ -122,7 +122,7 @@ def test_a_pass_equals_the_plain_computation_on_whitened_rows(
     monkeypatch.setattr(rows_module, "BATCH_DOCUMENTS", 25)
     store = replace(store, fitted=fit_whitening(store, WhiteningConfig(ridge=ridge), QUIET))
     documents = [d for d in range(len(store)) if d % 4]
-    rows, atoms = store.rows(documents).double(), torch.nn.functional.normalize(planted_rows()[:9])
+    rows, atoms = store.whitened_rows(documents).double(), torch.nn.functional.normalize(planted_rows()[:9])
     found = dictionary_module._accumulate(store, documents, store.scales(documents), atoms, DictionaryConfig(), ALONE)
     codes = sparse_codes(rows, atoms.double(), ALPHA, nonnegative=True)
     losses = objective(rows, codes, atoms.double(), ALPHA)
@@ -138,10 +138,10 @@ def test_atoms_start_from_means_of_a_few_rows_each(store: RowStore, monkeypatch:
     config, documents = DictionaryConfig(atoms=9), list(range(7, 119))
     start = dictionary_module._start(store, documents, store.scales(documents), config, 3, ALONE)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(3))[: 9 * 8].view(8, 9)
-    rows = store.rows([documents[int(i)] for i in order.flatten()]).view(8, 9, -1)
+    rows = store.whitened_rows([documents[int(i)] for i in order.flatten()]).view(8, 9, -1)
     assert torch.allclose(start, torch.nn.functional.normalize(rows.mean(0), dim=1), atol=1e-5)
     few = dictionary_module._start(store, documents[:12], store.scales(documents), config, 3, ALONE)
-    single = store.rows(documents[:12]) @ few.T
+    single = store.whitened_rows(documents[:12]) @ few.T
     assert torch.allclose(single.max(0).values, torch.ones(9), atol=1e-5), "few documents: rows themselves"
     assert len(set(single.argmax(0).tolist())) == 9
 
@@ -160,12 +160,13 @@ def test_settled_atoms_are_those_that_an_update_would_hardly_change(store: RowSt
 def test_batches_hold_each_document_asked_for_once(store: RowStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "BATCH_DOCUMENTS", 7)
     wanted = [0, 5, *range(40, 70), 119]
-    batches = [(numbers, rows.clone()) for numbers, rows in store.batches(wanted)]
+    batches = [(numbers, rows.clone()) for numbers, rows in store.stored_batches(wanted)]
     assert [len(numbers) for numbers, _ in batches] == [7, 7, 7, 7, 5]
     numbers, rows = (torch.cat(part) for part in zip(*batches, strict=True))
     assert sorted(numbers.tolist()) == wanted
-    assert torch.equal(rows, store.uncentred(numbers.tolist()))
+    assert torch.equal(rows, store.stored_rows(numbers.tolist()))
 
 
 def test_the_default_size_follows_the_corpus() -> None:
-    assert [default_atoms(n) for n in (1, 100, 1600, 10**6)] == [8, 8, 100, 500]
+    assert [dictionary_size(DictionaryConfig(), n) for n in (1, 100, 1600, 10**6)] == [1, 8, 100, 500]
+    assert [dictionary_size(DictionaryConfig(atoms=50), n) for n in (30, 100)] == [30, 50]

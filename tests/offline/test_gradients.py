@@ -16,7 +16,7 @@ from offline.config import CurvatureConfig, FinetuneConfig, WhiteningConfig
 from offline.corpus import EncodedDocument, collate, encode_corpus, plan_batches, read_corpus
 from offline.curvature import CovarianceSink, fit_eigenvalues, fit_factors, fit_projection, sample_labels, sampled_pass
 from offline.gradients import FullGradients, gradient_hooks, label_logits, lora_linear, mean_losses, sum_losses
-from offline.models import new_lora
+from offline.lora import new_lora
 from offline.progress import Progress
 from offline.rows import RowSink, RowStore, write_rows
 from offline.whitening import fit_whitening
@@ -148,7 +148,7 @@ def labels_of(tiny_lora) -> Callable[[EncodedDocument], Tensor]:
 def test_covariances_equal_a_loop_over_tokens(tiny_lora, labels_of: Callable[[EncodedDocument], Tensor]) -> None:
     model, space = tiny_lora
     sink = CovarianceSink(space)
-    sampled_pass(model, space, DOCUMENTS, 64, 5, sink, QUIET.task, "factors", before=sink.start)
+    sampled_pass(model, space, DOCUMENTS, 64, 5, sink, QUIET, "factors")
     for tensor in (space.tensors[0], space.tensors[1], space.tensors[-1]):
         seen: list[tuple[Tensor, Tensor]] = []
         for document in DOCUMENTS:
@@ -206,11 +206,13 @@ def test_fused_rows_equal_the_projection_of_full_gradients(projected) -> None:
     full = torch.stack([projection.project(g) for g in hooked(model, space, DOCUMENTS)])
     expected = torch.nn.functional.normalize(full - full.mean(0), dim=1)
     assert relative(store.whitening.mean, full.mean(0)) < 1e-4
-    assert relative(store.rows([0, 1, 2]), expected) < 1e-3
-    assert torch.equal(store.rows([2, 0]), store.rows([0, 1, 2])[[2, 0]]), "rows come in another order than asked for"
-    numbers, rows = (torch.cat(parts) for parts in zip(*store.blocks([0, 2]), strict=True))
+    assert relative(store.whitened_rows([0, 1, 2]), expected) < 1e-3
+    assert torch.equal(store.whitened_rows([2, 0]), store.whitened_rows([0, 1, 2])[[2, 0]]), (
+        "rows come in another order than asked for"
+    )
+    numbers, rows = (torch.cat(parts) for parts in zip(*store.whitened_batches([0, 2]), strict=True))
     assert sorted(numbers.tolist()) == [0, 2]
-    assert torch.equal(rows, store.rows(numbers.tolist()))
+    assert torch.equal(rows, store.whitened_rows(numbers.tolist()))
 
 
 def test_norms_and_losses_are_in_corpus_order(projected) -> None:

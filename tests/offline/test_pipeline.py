@@ -24,14 +24,14 @@ from atoms.package import Package
 from atoms.steered import SteeredModel
 from atoms.storage import read_json
 from offline import pipeline, rows
-from offline.calibrate import DriftMeter, make_batches
+from offline.calibrate import DriftMeter
 from offline.config import DiscoverConfig
-from offline.corpus import EncodedDocument
+from offline.corpus import EncodedDocument, make_batches
 from offline.dictionary import learn_dictionary
+from offline.paths import PathMaker
 from offline.pipeline import Run, discover
 from offline.progress import Progress
-from offline.select import split_halves, stability
-from offline.steering import PathMaker
+from offline.stability import split_halves, stability
 
 QUIET = Progress(quiet=True)
 KILLED_RUN = """

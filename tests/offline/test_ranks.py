@@ -81,7 +81,7 @@ def check_same_discovery(package: Package, one: Package) -> None:
             assert torch.allclose(tensors[name], expected[name], rtol=1e-3), f"{name}: ranks do not add up"
     stores = [RowStore(f / "rows") for f in files]
     assert len(stores[0].shards) == len(stores[1].shards) > 2
-    rows, rows_one = (store.uncentred(range(48)) for store in stores)
+    rows, rows_one = (store.stored_rows(range(48)) for store in stores)
     assert float(torch.cosine_similarity(rows, rows_one).min()) > 0.999
     assert torch.allclose(stores[0].column("loss"), stores[1].column("loss"), rtol=1e-3)
     learned, learned_one = (load_file(f / "dictionary/dictionary.safetensors") for f in files)

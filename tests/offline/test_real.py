@@ -18,8 +18,8 @@ from atoms.mix import Mix
 from atoms.model import encode_prompt
 from atoms.package import Package
 from atoms.steered import SteeredModel
-from offline.calibrate import DriftMeter, make_batches
-from offline.corpus import EncodedDocument
+from offline.calibrate import DriftMeter
+from offline.corpus import EncodedDocument, make_batches
 from offline.progress import Progress
 
 COMPOSITIONS: tuple[Composition, ...] = ("linear", "parameter")
@@ -173,7 +173,7 @@ def test_the_drift_model_predicts_the_measured_kl_of_random_mixes(
         for mix in (drawn, drawn.scaled(-1.0)):
             measured = meter.kl_of(real_package.bank.compose(mix, "linear"))
             ratios[str(mix.as_dict())] = measured / real_package.predicted_kl(mix)
-    meter.steered.close()
+    meter.close()
     assert sum(1 / 1.5 < ratio < 1.5 for ratio in ratios.values()) >= 7, ratios
     assert all(1 / 1.9 < ratio < 1.9 for ratio in ratios.values()), ratios
     assert 1 / 1.2 < statistics.median(ratios.values()) < 1.2, ratios
@@ -190,7 +190,7 @@ def test_the_stored_curve_and_matrix_are_what_the_meter_measures(
     with Progress(quiet=True).task("drift", 1, "prompts") as task:
         again = meter.drift_matrix([direction], task)
     assert float(again) == pytest.approx(float(real_package.drift[0, 0]), rel=1e-3)
-    meter.steered.close()
+    meter.close()
 
 
 def test_calibrated_strength_is_the_unit(real_package: Package) -> None:

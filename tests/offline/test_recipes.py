@@ -53,7 +53,7 @@ def test_the_paper_recipe_runs_to_its_atoms(tiny_config: Callable[..., DiscoverC
     assert torch.equal(store.whitening.mean, torch.zeros(projection.dim)) and not len(store.whitening.factors)
     raw = load_file(store.shards[0])
     assert torch.allclose(
-        store.rows(raw["document"].tolist()), torch.nn.functional.normalize(raw["row"], dim=1), atol=1e-6
+        store.whitened_rows(raw["document"].tolist()), torch.nn.functional.normalize(raw["row"], dim=1), atol=1e-6
     )
     learned = run.dictionary(store)
     dictionary = learned.dictionary

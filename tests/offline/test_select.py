@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,73 +12,9 @@ from atoms.manifest import Coherence
 from atoms.projection import RowWhitening
 from atoms.storage import write_tensors
 from offline.config import SelectConfig
-from offline.corpus import Document
 from offline.dictionary import Codes
 from offline.rows import RowStore, shard_path
-from offline.select import (
-    Candidate,
-    LengthMatchedSets,
-    candidates,
-    coherence,
-    keywords,
-    least_support,
-    select,
-    split_halves,
-    stability,
-)
-
-
-def test_coherence_is_the_mean_pairwise_cosine_sign_aligned() -> None:
-    unit = torch.nn.functional.normalize(torch.randn(7, 12, generator=torch.Generator().manual_seed(0)))
-    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0])
-    pairs = [signs[i] * signs[j] * (unit[i] @ unit[j]) for i in range(7) for j in range(7) if i != j]
-    assert coherence(unit, signs) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
-    assert coherence(torch.ones(4, 1), torch.ones(4)) == pytest.approx(1.0)
-
-
-def test_random_sets_match_lengths_without_repeats_and_are_reproducible() -> None:
-    lengths = list(range(100))
-    documents = list(range(0, 100, 2))
-    sets = LengthMatchedSets(documents, lengths, seed=0)
-    members = [0, 2, 4, 96, 98]
-    drawn = sets.draw(members, 30)
-    assert drawn == LengthMatchedSets(documents, lengths, seed=0).draw(members, 30)
-    assert len({tuple(one) for one in drawn}) > 20
-    for one in drawn:
-        assert set(one) <= set(documents) and len(set(one)) == len(one)
-        assert Counter(length > 50 for length in one) == {False: 3, True: 2}, (
-            "a random set has other lengths than the atom's"
-        )
-
-
-def test_equal_lengths_still_give_sets() -> None:
-    assert len(LengthMatchedSets([0, 1, 2], [5, 5, 5], seed=0).draw([0, 1], 4)) == 4
-
-
-def test_stability_finds_a_permuted_and_flipped_dictionary() -> None:
-    atoms = torch.linalg.qr(torch.randn(12, 12))[0][:5]
-    order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.allclose(stability(atoms, -atoms[order]), torch.ones(5), atol=1e-5)
-    assert stability(atoms, atoms[:3]).gt(0.5).sum() == 3, "the assignment must be one-to-one"
-
-
-def test_halves_share_no_document_and_leave_none_out() -> None:
-    documents = list(range(3, 60, 2))
-    first, second = split_halves(documents, seed=4)
-    assert (len(first), len(second)) == (14, 15) and sorted(first + second) == documents
-    assert first == sorted(first) and (first, second) == split_halves(documents, seed=4)
-    assert first != split_halves(documents, seed=5)[0]
-
-
-def test_keywords_mark_a_group_and_leave_common_words() -> None:
-    documents = [
-        Document(n, str(n), ({"role": "user", "content": f"the question {n}"},
-                             {"role": "assistant", "content": "the sea is blue" if n < 5 else "the land is green"}))
-        for n in range(40)
-    ]  # fmt: skip
-    words = keywords(documents, range(5))
-    assert {"sea", "blue"} <= set(words[:3]) and "the" not in words and "land" not in words
-    assert words == keywords(documents, reversed(range(5)))
+from offline.select import Candidate, candidates, least_support, select
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_leading_components_are_whitened_as_a_full_decomposition_would(tmp_path:
     whitening = fit_whitening(store, WhiteningConfig(ridge=RIDGE), QUIET)
     assert torch.allclose(whitening.mean, rows.mean(0), atol=1e-5)
     assert torch.allclose(whitening.components.T @ whitening.components, torch.eye(len(whitening.factors)), atol=1e-4)
-    found = RowStore(tmp_path, whitening).rows(range(len(rows)))
+    found = RowStore(tmp_path, whitening).whitened_rows(range(len(rows)))
     agreement = (found * oracle(rows, RIDGE)).sum(1)
     assert agreement.min() > 0.999, "rows differ from those of a full decomposition"
 
@@ -89,7 +89,7 @@ def test_without_a_ridge_rows_are_only_centred(tmp_path: Path, rows: Tensor) -> 
 
 def test_rows_are_refused_before_their_whitening_is_known(tmp_path: Path, rows: Tensor) -> None:
     with pytest.raises(ValueError, match="not fitted"):
-        stored(tmp_path, rows).rows([0])
+        stored(tmp_path, rows).whitened_rows([0])
 
 
 def test_a_ridge_outside_its_limits_is_named() -> None:

@@ -16,16 +16,16 @@ from atoms.errors import DataError
 from atoms.mix import Mix
 from atoms.package import Package
 from atoms.projection import RowWhitening
-from offline.config import DiscoverConfig, SteeringConfig
+from offline.config import PASS_TOKENS, DiscoverConfig, SteeringConfig
 from offline.corpus import EncodedDocument, collate, encode_corpus, read_corpus
 from offline.evaluation.answers import Answer
-from offline.evaluation.controls import atom_row, control_direction, projection_of, random_row, shuffled_row
+from offline.evaluation.controls import Control, atom_row, control_direction, projection_of, random_row, shuffled_row
 from offline.evaluation.document_controls import DocumentGroups, document_controls, read_labels
 from offline.gradients import FullGradients, gradient_hooks, label_logits, mean_losses
-from offline.models import frozen_lora
+from offline.lora import frozen_lora
+from offline.paths import PathMaker
 from offline.pipeline import discover
 from offline.progress import Progress
-from offline.steering import PathMaker
 
 QUIET = Progress(quiet=True)
 
@@ -71,7 +71,7 @@ def test_a_control_costs_the_target(
     projection = projection_of(tiny_package)
     row = random_row(projection.dim, 0)
     unit = projection.unproject(row, tiny_package.manifest.conventions.unprojection_exponent)
-    direction, kl = control_direction(projection, meter, unit, sign, target)
+    direction, kl = control_direction(projection, meter, Control("random-1", unit, sign), target)
     assert kl == pytest.approx(target, rel=0.05)
     mix = harness.directions.add("control", direction)
     assert harness.kl(meter, mix) == pytest.approx(kl, rel=1e-5)
@@ -89,7 +89,7 @@ def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
 ) -> None:  # fmt: skip
     groups = DocumentGroups(tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99, 0)
     loaded = (tiny_model, tiny_tokenizer)
-    directions = document_controls(unprojected, groups, lambda: loaded, tmp_path, QUIET, 300).labelled
+    directions = document_controls(unprojected, groups, lambda: loaded, tmp_path, QUIET).labelled
     space, projection = unprojected.base_adapter.space, projection_of(unprojected)
     peft = frozen_lora(tiny_model, unprojected.path / "base", space)
     total: dict[str, torch.Tensor] = {}
@@ -113,13 +113,13 @@ def test_beside_paths_the_directions_of_documents_are_paths(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     groups = DocumentGroups(tiny_data, "task", {"yes-no": "yes-no"}, 99, draws=2, seed=7)
-    made = document_controls(tiny_package, groups, lambda: (tiny_model, tiny_tokenizer), tmp_path, QUIET, 300)
+    made = document_controls(tiny_package, groups, lambda: (tiny_model, tiny_tokenizer), tmp_path, QUIET)
     space = tiny_package.base_adapter.space
     path = tiny_package.manifest.conventions.path
     assert path is not None
     peft = frozen_lora(tiny_model, tiny_package.path / "base", space)
     pool = encode_corpus(read_corpus(tiny_data), tiny_tokenizer, 512).documents
-    maker = PathMaker.of(peft, space, pool, SteeringConfig(**dict(path)), 300)
+    maker = PathMaker.of(peft, space, pool, SteeringConfig(**dict(path)), PASS_TOKENS)
     drawn = [random.Random(f"7 {n}").sample(pool, maker.config.documents) for n in range(2)]
     expected = [maker.direction(group) for group in (labelled(tiny_data, tiny_tokenizer, "yes-no"), *drawn)]
     peft.unload()
@@ -141,7 +141,7 @@ def test_only_the_directions_that_are_missing_are_made(
 
     def make(labels: dict[str, str], draws: int, seed: int = 0) -> set[Path]:
         groups = DocumentGroups(tiny_data, "task", labels, 4, draws, seed)
-        document_controls(tiny_package, groups, load, tmp_path, QUIET, 300)
+        document_controls(tiny_package, groups, load, tmp_path, QUIET)
         return set(tmp_path.iterdir())
 
     first = make({"yes-no": "yes-no"}, 1)
@@ -160,6 +160,16 @@ def test_labels_that_are_not_there_are_named(
 ) -> None:  # fmt: skip
     with pytest.raises(DataError, match="opera|genre"):
         groups = DocumentGroups(tiny_data, field, {"yes-no": label}, 9)
+        document_controls(tiny_package, groups, lambda: (tiny_model, tiny_tokenizer), tmp_path, QUIET)
+
+
+def test_documents_are_as_long_as_the_discovery_took_them(
+    tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("offline.evaluation.document_controls.recorded_settings", lambda _: {"max_length": 2})
+    groups = DocumentGroups(tiny_data, "task", {"yes-no": "yes-no"}, 9)
+    with pytest.raises(DataError, match="at most 1 fit"):
         document_controls(tiny_package, groups, lambda: (tiny_model, tiny_tokenizer), tmp_path, QUIET)
 
 

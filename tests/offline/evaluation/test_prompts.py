@@ -14,9 +14,10 @@ import pytest
 from atoms.detectors import DETECTORS
 from atoms.errors import DataError
 from atoms.storage import sha256_file
-from offline.evaluation.prompts import choose_prompts, demo_data, read_neutral_prompts, read_prompts
+from offline.evaluation.prompts import choose_prompts, read_prompts
+from offline.shipped import read_neutral_prompts, shipped_file
 
-FILES = tuple(demo_data(f"evaluation_prompts{end}") for end in ("", "_2", "_3", "_4"))
+FILES = tuple(shipped_file(f"evaluation_prompts{end}") for end in ("", "_2", "_3", "_4"))
 FROZEN = {
     "evaluation_prompts": "02b2b35106998b5dfef9d5f4ba91781996a86ec4bc08ad4efbbb7a3195525e09",
     "evaluation_prompts_2": "e20105b25e567931975b5c0811810040de75e66e9e97de9e667c1ff03fe7f0ef",
@@ -60,9 +61,9 @@ def test_no_prompt_occurs_twice() -> None:
 
 def test_prompts_are_new_to_training_naming_and_calibration(file: Path) -> None:
     """No prompt shares three quarters of its words with a document's prompt, a demo prompt or a neutral prompt."""
-    documents = demo_data("demo_documents").read_text(encoding="utf-8").splitlines()
+    documents = shipped_file("demo_documents").read_text(encoding="utf-8").splitlines()
     seen = [m["content"] for line in documents for m in json.loads(line)["messages"] if m["role"] == "user"]
-    seen += [p.prompt for p in read_prompts(demo_data("demo_prompts"))] + read_neutral_prompts()
+    seen += [p.prompt for p in read_prompts(shipped_file("demo_prompts"))] + read_neutral_prompts()
     known = [words(text) for text in seen]
     near = [p.prompt for p in read_prompts(file) for mine in [words(p.prompt)]
             if any(len(mine & other) >= 0.75 * len(mine | other) for other in known)]  # fmt: skip

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from offline import steering
+from offline import paths
 from offline.config import FinetuneConfig, SteeringConfig
 from offline.corpus import EncodedDocument
 from offline.dictionary import Codes
 from offline.gradients import lora_linear
-from offline.models import new_lora
-from offline.steering import PathMaker, moved, prepared
+from offline.lora import new_lora
+from offline.paths import PathMaker, moved, prepared
 
 POOL = [
     EncodedDocument(row, (1, *range(30 + row, 36 + row)), tuple(range(50 + row, 50 + row + length)))
@@ -131,7 +131,7 @@ def test_the_first_step_costs_two_hundredths_of_a_nat_on_the_reference(tiny_lora
             there = torch.log_softmax(model(input_ids=ids).logits[0, rows], -1)
         total += float((base.exp() * (base - there)).sum())
         tokens += len(document.response_ids)
-    assert total / tokens == pytest.approx(steering._STEP_NATS, rel=0.11)
+    assert total / tokens == pytest.approx(paths._STEP_NATS, rel=0.11)
 
 
 def test_a_path_makes_its_documents_likelier_and_leaves_the_model_as_it_was(tiny_lora) -> None:

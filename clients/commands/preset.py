@@ -6,19 +6,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="List and change the presets of a running server.")
+from atoms.mix import mix_text
+from clients.options import DEFAULT_SERVER, JSONOption, KeyOption, NameArgument, ServerOption
 
-ServerOption = Annotated[
-    str, typer.Option("--server", envvar="ATOMSTEER_SERVER", help="URL of the server.", show_default=True)
-]
-KeyOption = Annotated[
-    str | None,
-    typer.Option("--key", envvar=["ATOMSTEER_ADMIN_KEY", "ATOMSTEER_API_KEY"], help="Its key; changes need an admin key.",
-                 show_default=False),
-]  # fmt: skip
-JSONOption = Annotated[bool, typer.Option("--json", help="The server's answer as JSON.")]
-DEFAULT_SERVER = "http://127.0.0.1:8000"
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
+app = typer.Typer(no_args_is_help=True, help="List and change the presets of a running server.")
 
 
 @app.command("list")
@@ -26,8 +17,8 @@ def list_presets(server: ServerOption = DEFAULT_SERVER, key: KeyOption = None, a
     """Show the presets of the server."""
     from rich.table import Table
 
-    from clients.experiment_tables import print_json, print_table
     from clients.server_api import ServerAPI
+    from clients.tables import print_json, print_table
 
     with ServerAPI(server, key) as api:
         answer = api.call("GET", "presets")
@@ -56,7 +47,7 @@ def set_preset(
 ) -> None:
     """Create a preset, or replace it by a new version."""
     from atoms.mix import parse_mix
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     body = {"atoms": parse_mix(mix), "description": description, "if_version": if_version}
     with ServerAPI(server, key) as api:
@@ -67,20 +58,8 @@ def set_preset(
 @app.command("delete")
 def delete_preset(name: NameArgument, server: ServerOption = DEFAULT_SERVER, key: KeyOption = None) -> None:
     """Delete a preset. Its versions stay on record."""
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
         api.call("DELETE", f"presets/{path_part(name)}")
     print(f"{name} is deleted")
-
-
-def mix_text(atoms: dict[str, float]) -> str:
-    """``a-1=2,a-2=-1``, as `--mix` reads it."""
-    return ",".join(f"{atom}={value:g}" for atom, value in atoms.items()) or "unsteered"
-
-
-def path_part(name: str) -> str:
-    """`name` as one part of a path, whatever it contains: . and .., too, which as they are would climb."""
-    from urllib.parse import quote
-
-    return quote(name, safe="") if name.strip(".") else name.replace(".", "%2E")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from atoms.errors import ConfigError
-from clients.preset import DEFAULT_SERVER, JSONOption, KeyOption, NameArgument, ServerOption, mix_text, path_part
+from atoms.mix import mix_text
+from clients.options import DEFAULT_SERVER, JSONOption, KeyOption, NameArgument, ServerOption
 
 app = typer.Typer(no_args_is_help=True, help="Run A/B experiments on mixes on a running server.")
 
@@ -66,7 +67,7 @@ def create(
 ) -> None:
     """Create an experiment as a draft."""
     from clients.experiment_spec import arms, guardrails, metrics, read_spec
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     if file is not None:
         _refuse_beside_file(context)
@@ -94,8 +95,8 @@ def list_experiments(server: ServerOption = DEFAULT_SERVER, key: KeyOption = Non
     """Show the experiments of the server, newest first."""
     from rich.table import Table
 
-    from clients.experiment_tables import print_json, print_table
     from clients.server_api import ServerAPI
+    from clients.tables import print_json, print_table
 
     with ServerAPI(server, key) as api:
         answer = api.call("GET", "experiments")
@@ -115,7 +116,7 @@ def status(
     name: NameArgument, server: ServerOption = DEFAULT_SERVER, key: KeyOption = None, as_json: JSONOption = False
 ) -> None:
     """Show one experiment: its arms, shares and state."""
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
         _show(api.call("GET", f"experiments/{path_part(name)}"), as_json)
@@ -133,8 +134,9 @@ def report(
     as_json: JSONOption = False,
 ) -> None:
     """Show what an experiment has found so far. Looking costs nothing: the intervals hold however often one looks."""
-    from clients.experiment_tables import guardrail_table, metric_table, print_json, print_table
-    from clients.server_api import ServerAPI
+    from clients.experiment_tables import guardrail_table, headline, metric_table
+    from clients.server_api import ServerAPI, path_part
+    from clients.tables import print_json, print_table
 
     if looks is not None and html is None and not as_json:
         raise typer.BadParameter("--looks are shown by --html and --json; give one of them")
@@ -148,8 +150,6 @@ def report(
         write_bytes(html, render_page(found).encode())
     if as_json:
         return print_json(found)
-    from clients.experiment_page import headline
-
     print("\n".join(headline(found)))
     for metric in found["metrics"]:
         print_table(metric_table(metric))
@@ -200,7 +200,7 @@ def promote(
     key: KeyOption = None,
 ) -> None:
     """Make an arm's mix a preset."""
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
         made = api.call("POST", f"experiments/{path_part(name)}/promote", {"arm": arm, "preset": preset})
@@ -210,7 +210,7 @@ def promote(
 @app.command("delete")
 def delete(name: NameArgument, server: ServerOption = DEFAULT_SERVER, key: KeyOption = None) -> None:
     """Delete an experiment that does not run, with all that was observed."""
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
         api.call("DELETE", f"experiments/{path_part(name)}")
@@ -225,7 +225,7 @@ def export(
     key: KeyOption = None,
 ) -> None:
     """Write exposures, responses and outcomes as Parquet."""
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     out.mkdir(parents=True, exist_ok=True)
     with ServerAPI(server, key) as api:
@@ -242,7 +242,7 @@ def forget(
     key: KeyOption = None,
 ) -> None:
     """Delete all that was observed of a unit, in every experiment."""
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
         gone = api.call("DELETE", f"units/{path_part(unit)}")
@@ -281,14 +281,15 @@ def plan(
 
 
 def _post(name: str, action: str, body: dict[str, Any], server: str, key: str | None, as_json: bool) -> None:
-    from clients.server_api import ServerAPI
+    from clients.server_api import ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
         _show(api.call("POST", f"experiments/{path_part(name)}/{action}", body), as_json)
 
 
 def _show(experiment: dict[str, Any], as_json: bool) -> None:
-    from clients.experiment_tables import arm_table, print_json, print_table
+    from clients.experiment_tables import arm_table
+    from clients.tables import print_json, print_table
 
     if as_json:
         return print_json(experiment)

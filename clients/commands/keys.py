@@ -42,7 +42,7 @@ def list_keys(file: FileOption) -> None:
     """Show the names in FILE, when each key was made, and its limits."""
     from rich.table import Table
 
-    from clients.experiment_tables import print_table
+    from clients.tables import print_table
     from server.keys import read_keys
 
     entries = read_keys(file)

