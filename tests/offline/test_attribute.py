@@ -192,5 +192,5 @@ def test_a_package_without_its_settings_is_refused(
     tiny_package: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     bare = dataclasses.replace(tiny_package, manifest=tiny_package.manifest.model_copy(update={"record": {}}))
-    with pytest.raises(PackageError, match="settings of its dictionary"):
+    with pytest.raises(PackageError, match="does not record how it was discovered"):
         Attributor(bare, tiny_model, tiny_tokenizer)
