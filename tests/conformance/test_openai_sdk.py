@@ -54,6 +54,11 @@ def test_a_chat_with_echo_headers_and_usage(host: Any, client: OpenAI) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_requests_of_one_id_have_responses_of_their_own(host: Any, client: OpenAI) -> None:
+    answers = [ask(client, host, max_tokens=1, extra_headers={"X-Request-Id": "trace-1"}) for _ in range(2)]
+    assert len({answer.id for answer in answers}) == 2
+
+
 def test_a_stream_is_the_whole_answer(host: Any, client: OpenAI) -> None:
     body = steer(atoms={host.atom: 1.5}) | {"ignore_eos": True}
     whole = ask(client, host, body)
