@@ -219,7 +219,7 @@ def _report(live: State, name: str, looks: int) -> dict[str, Any]:
 
 
 def _looks(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text[:9]) > _MAX_LOOKS:
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) > _MAX_LOOKS:
         raise InvalidFieldError(f"looks is {text[:32]!r}; it must be a whole number from 0 to {_MAX_LOOKS}", "looks")
     return int(text)
 

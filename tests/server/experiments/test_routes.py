@@ -364,6 +364,12 @@ async def test_the_export_is_parquet(running: Body, admin: AsyncClient, client: 
     assert (await call(admin, "GET", "experiments/tone/export?table=x", None, 400))["error"]["param"] == "table"
 
 
+@pytest.mark.parametrize("looks", ["51", "-1", "1e1", "٣", "0000000000005000", "9" * 5000])
+async def test_looks_are_bounded_however_they_are_written(running: Body, admin: AsyncClient, looks: str) -> None:
+    answer = await admin.get("/v1/experiments/tone/report", params={"looks": looks})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "looks")
+
+
 async def test_a_broken_guardrail_stops_the_experiment(
     admin: AsyncClient, spec: Body, call: Call, ask: Call, state: State, engine: ScriptedEngine
 ) -> None:
