@@ -254,13 +254,16 @@ def _repair_candidates(prompt: str) -> list[str]:
     return list(dict.fromkeys(spans + parts))
 
 
-def _spelled_alike(first: str, second: str) -> float:
-    """Similarity of two texts' lower-cased words, by letters: "sing" and "sings" are nearly the same. 0 if it is below 0.7."""
+def _spelled_alike(first: str, second: str) -> bool:
+    """Whether two texts' lower-cased words are much the same by letters, as "sing" and "sings" are."""
     left, right = (" ".join(_WORD.findall(text.lower())) for text in (first, second))
     matcher = SequenceMatcher(None, left, right, autojunk=False)
-    if min(matcher.real_quick_ratio(), matcher.quick_ratio()) < _SAME_SENTENCE_RATIO:
-        return 0.0  # bounds of the ratio, at a fraction of its cost
-    return matcher.ratio()
+    bounds_first = (
+        matcher.real_quick_ratio,
+        matcher.quick_ratio,
+        matcher.ratio,
+    )  # upper bounds, at a fraction of the cost
+    return all(ratio() >= _SAME_SENTENCE_RATIO for ratio in bounds_first)
 
 
 def _grammar_fix(response: str, prompt: str) -> bool:
@@ -278,10 +281,7 @@ def _grammar_fix(response: str, prompt: str) -> bool:
         return False
     # A statement close to a question is its answer ("The capital of Spain is ..."), not its repair.
     asks = text.rstrip("\"'”’)").endswith("?")
-    return any(
-        candidate.endswith("?") == asks and _spelled_alike(candidate, text) >= _SAME_SENTENCE_RATIO
-        for candidate in candidates
-    )
+    return any(candidate.endswith("?") == asks and _spelled_alike(candidate, text) for candidate in candidates)
 
 
 # --- verse ----------------------------------------------------------------------------------------
