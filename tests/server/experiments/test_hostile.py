@@ -219,14 +219,19 @@ async def test_records_of_a_deleted_experiment_do_not_become_those_of_the_next(
         assert connection.scalar(select(func.count()).select_from(responses)) == 0
 
 
-def test_arms_that_are_gone_from_the_package_say_so(
-    package: Package, config: ServeConfig, spec: Body, state: State, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def start(state: State, steering: Steering, spec: Body) -> None:
+    """Without the routes."""
     parsed = ExperimentSpec.model_validate(spec).completed()
-    steering = Steering.of(package, config, lambda: state.snapshot)
     arms = steering.freeze(parsed)
     state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
     state.refresh()
+
+
+def test_arms_that_are_gone_from_the_package_say_so(
+    package: Package, config: ServeConfig, spec: Body, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steering = Steering.of(package, config, lambda: state.snapshot)
+    start(state, steering, spec)
     monkeypatch.setattr(Steering, "applies", lambda self, mix: not mix)
     units = [f"u{n}" for n in range(30)]
     seen = set()
@@ -258,10 +263,7 @@ def test_one_experiment_that_cannot_be_checked_leaves_the_others_guarded(
     steering = Steering.of(package, config, lambda: state.snapshot)
     rails = {"guardrails": [{"metric": "error", "max": 0.5}]}
     for name in ("a", "b", "c"):
-        parsed = ExperimentSpec.model_validate(spec | rails | {"name": name}).completed()
-        arms = steering.freeze(parsed)
-        state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
-    state.refresh()
+        start(state, steering, spec | rails | {"name": name})
     looked = []
 
     def check(_connection: object, experiment: Experiment) -> list[object]:
@@ -276,11 +278,8 @@ def test_one_experiment_that_cannot_be_checked_leaves_the_others_guarded(
 def test_an_experiment_that_was_stopped_serves_its_control_on_a_later_version(
     package: Package, config: ServeConfig, spec: Body, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parsed = ExperimentSpec.model_validate(spec).completed()
     steering = Steering.of(package, config, lambda: state.snapshot)
-    arms = steering.freeze(parsed)
-    state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
-    state.refresh()
+    start(state, steering, spec)
     monkeypatch.setattr(type(package), "digest", lambda self, mix: "m-of-another-version")
     with pytest.raises(ConflictError, match="version 1.0"):
         steering.resolve({"experiment": "tone"}, subject=Subject(user="u1"))
