@@ -74,7 +74,7 @@ def refuse_root_path(path: str | None) -> None:
     """Raises ConfigError for vLLM's ``--root-path``: limits, keys and steering go by paths without one."""
     if path:
         raise ConfigError(
-            f"the root path {path} cannot go with steering; leave it out, and have the proxy take the prefix off"
+            f"a root path ({path}) cannot go with steering; leave it out, and have the proxy take the prefix off"
         )
 
 
