@@ -17,8 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from atoms.machine import machine
 from atoms.package import Package
-from bench.machine import machine
 from clients.batch import BatchConfig, answer_all, scan_input
 from clients.batch_lines import Defaults
 from clients.batch_results import open_results

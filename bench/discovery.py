@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoms.machine import machine
 from atoms.model import DTYPES, load_model
 from atoms.projection import Projection, SparseCoder
 from atoms.space import LoRASpace
-from bench.machine import machine
 from clients.options import quiet_libraries
 from offline.config import (
     CurvatureConfig,

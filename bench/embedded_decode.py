@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from atoms.adapter import Adapter, AtomBank
 from atoms.engine import GenerationRequest, SamplingParams
+from atoms.machine import machine
 from atoms.mix import Mix
 from atoms.model import DTYPES, choose_device, choose_dtype
 from atoms.space import LoRAModule, LoRASpace
 from atoms.steered import PackedBank, SteeredModel
-from bench.machine import machine
 from server.embedded.attention import group_heads
 from server.embedded.batcher import Batcher, Job
 from server.embedded.detokenize import TokenBytes

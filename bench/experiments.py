@@ -35,7 +35,7 @@ import httpx2 as httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.machine import machine
+from atoms.machine import machine
 
 ADMIN = {"Authorization": "Bearer boss"}
 SCRIPTED_SERVER = Path(__file__).parents[1] / "tests" / "server" / "experiments" / "scripted_server.py"

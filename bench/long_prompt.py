@@ -20,10 +20,10 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atoms.engine import GenerationRequest, SamplingParams
+from atoms.machine import processor
 from atoms.model import choose_device, choose_dtype
 from atoms.steered import PackedBank
 from bench.embedded_decode import random_bank
-from bench.machine import processor
 from server.embedded.attention import group_heads
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.packing import pack_linears

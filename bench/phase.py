@@ -21,8 +21,8 @@ from pathlib import Path
 
 from atoms.detectors import DETECTORS
 from atoms.engine import GenerationRequest, Phase, SamplingParams
+from atoms.machine import processor
 from atoms.mix import Mix
-from bench.machine import processor
 from offline.shipped import read_neutral_prompts
 from server.embedded.engine import EmbeddedEngine
 from server.embedded.load import EngineOptions, load_package

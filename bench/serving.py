@@ -33,6 +33,7 @@ from pathlib import Path
 
 import httpx
 
+from atoms.machine import processor
 from atoms.package import Package
 from atoms.storage import write_json
 from bench.embedded_decode import interval
@@ -44,7 +45,6 @@ from bench.hosts import (
     stock_vllm_server,
     widened,
 )
-from bench.machine import processor
 
 _MIXES = ("0x0", "1x3", "16x3", "64x3", "256x3", "16x1", "16x8", "16x32")
 CELLS = {

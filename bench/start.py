@@ -19,7 +19,7 @@ from functools import partial
 
 import httpx
 
-from bench.machine import processor
+from atoms.machine import processor
 
 COMMAND = [sys.executable, "-m", "clients.cli"]
 HELPS = ([], ["discover"], ["serve"], ["generate"], ["evaluate"], ["experiment"])

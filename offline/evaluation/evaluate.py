@@ -18,6 +18,7 @@ from typing import Any
 
 from atoms.detectors import DETECTORS, get_detector
 from atoms.errors import DataError
+from atoms.machine import machine
 from atoms.mix import Mix
 from atoms.storage import recipe_file, sha256_file
 from offline.evaluation.answers import Answer
@@ -40,7 +41,7 @@ from offline.evaluation.results import (
     adjust,
     is_control,
 )
-from offline.evaluation.search import Prompts, choose_settings, signed_within_range
+from offline.evaluation.search import Prompts, Search, choose_settings, signed_within_range
 from offline.progress import Progress
 from offline.record import jsonable, versions
 
@@ -69,9 +70,9 @@ def evaluate(
     dev = {goal: _texts(prompts, goal, "dev", config.dev_prompts) for goal in goals}
     heldout = {goal: _texts(prompts, goal, "heldout", config.heldout_prompts) for goal in goals}
     atoms = [package.card(name).id for name in config.atoms] or [card.id for card in package.manifest.atoms]
-    choices = choose_settings(harness, dev, atoms, config, progress)
-    contenders = _contenders(harness, choices, heldout, config, work, progress, documents or DocumentControls())
-    results = _report(harness, choices, contenders, heldout, config, progress)
+    searches = choose_settings(harness, dev, atoms, config, progress)
+    contenders = _contenders(harness, searches, heldout, config, work, progress, documents or DocumentControls())
+    results = _report(harness, searches, contenders, heldout, config, progress)
     return Evaluation(_facts(harness, prompts_file, config), adjust(results))
 
 
@@ -95,21 +96,23 @@ def _facts(harness: Harness, prompts_file: Path, config: EvaluateConfig) -> dict
     manifest = harness.package.manifest
     return {
         "package": {"name": manifest.name, "version": manifest.version, "content_hash": manifest.content_hash,
-                    "base_model": Path(manifest.base_model.id).name, "composition": harness.package.composition},
+                    "base_model": Path(manifest.base_model.id).name, "base_adapter": manifest.adapter_hash,
+                    "composition": harness.package.composition},
         "prompts": {"file": prompts_file.name, "sha256": sha256_file(prompts_file)},
         "config": jsonable(dataclasses.asdict(config)),
         "decoding": dataclasses.asdict(harness.answerer.decoding),
         "dtype": harness.dtype,
+        "machine": machine(harness.device.type),
         "versions": versions(),
     }  # fmt: skip
 
 
 def _contenders(
-    harness: Harness, choices: Mapping[Goal, Choice | None], heldout: Prompts, config: EvaluateConfig, work: Path,
+    harness: Harness, searches: Mapping[Goal, Search], heldout: Prompts, config: EvaluateConfig, work: Path,
     progress: Progress, documents: DocumentControls,
 ) -> dict[Goal, dict[str, Contender]]:  # fmt: skip
     """Condition -> mix and KL of each goal: the chosen atom, and controls that cost as much along the same answers."""
-    chosen = {goal: choice for goal, choice in choices.items() if choice}
+    chosen = {goal: search.choice for goal, search in searches.items() if search.choice}
     unsteered = harness.answer("held-out, unsteered", [(goal, Mix()) for goal in chosen], heldout, progress)
     contenders, projection = {}, projection_of(harness.package)
     with progress.task("controls", len(chosen), "goals") as bar:
@@ -131,10 +134,10 @@ def _contenders(
 
 
 def _report(
-    harness: Harness, choices: Mapping[Goal, Choice | None], contenders: Mapping[Goal, Mapping[str, Contender]],
+    harness: Harness, searches: Mapping[Goal, Search], contenders: Mapping[Goal, Mapping[str, Contender]],
     heldout: Prompts, config: EvaluateConfig, progress: Progress,
 ) -> list[GoalResult]:  # fmt: skip
-    curves = {goal: _curve(harness, choices[goal], config) for goal in heldout}
+    curves = {goal: _curve(harness, searches[goal].choice, config) for goal in heldout}
     asked = [
         (goal, mix) for goal in heldout
         for mix in (Mix(), *(c.mix for c in contenders.get(goal, {}).values()), *curves[goal].values())
@@ -146,7 +149,8 @@ def _report(
             given = {UNSTEERED: Contender(Mix(), 0.0), **contenders.get(goal, {})}
             conditions = _conditions(harness, goal, given, {name: answers[goal, c.mix] for name, c in given.items()})
             points = [_point(harness, goal, c, mix, answers[goal, mix]) for c, mix in curves[goal].items()]
-            results.append(GoalResult(goal, choices[goal], conditions, tuple(points)))
+            search = searches[goal]
+            results.append(GoalResult(goal, search.choice, conditions, tuple(points), search.trials))
             bar.advance()
     return results
 

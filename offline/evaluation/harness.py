@@ -79,7 +79,7 @@ class Harness:
         """
         if any(answer.mix for answer in unsteered):
             raise ValueError("drift is measured along unsteered answers")
-        batches = make_batches(self._documents(unsteered), _BATCH_TOKENS, self._device)
+        batches = make_batches(self._documents(unsteered), _BATCH_TOKENS, self.device)
         return DriftMeter(self._steered, self.package.base_adapter, self.package.composition, batches)
 
     def kl(self, meter: DriftMeter, mix: Mix) -> float:
@@ -91,14 +91,14 @@ class Harness:
     def perplexity(self, answers: Sequence[Answer]) -> float:
         """exp of the mean negative log-likelihood a token of `answers` under the unsteered model, given their prompts."""
         total, tokens = 0.0, 0
-        model, made = self._steered.model, make_batches(self._documents(answers), _BATCH_TOKENS, self._device)
+        model, made = self._steered.model, make_batches(self._documents(answers), _BATCH_TOKENS, self.device)
         for batch in within_logits(made, model):
             total += float(sum_losses(label_logits(model, batch), batch).double().sum())
             tokens += len(batch.labels)
         return math.exp(total / tokens)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return self._steered.model.device  # type: ignore[return-value]  # a module attribute to mypy
 
     def _documents(self, answers: Sequence[Answer]) -> list[EncodedDocument]:

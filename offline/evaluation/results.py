@@ -15,6 +15,8 @@ from offline.evaluation.measures import Form, Rate
 from offline.evaluation.statistics import PairedTable, holm, mcnemar_p, paired_interval
 
 Wanted = Literal["up", "down"]
+Round = Literal["choose", "confirm"]
+"""The rounds of the search that try settings on all development prompts (offline/evaluation/search.py)."""
 ATOM, UNSTEERED = "atom", "unsteered"
 RANDOM, SHUFFLED, RANDOM_DOCUMENTS, SUPERVISED = "random", "shuffled", "random-documents", "supervised"
 """Kinds of conditions; the last four are the controls (offline/evaluation/controls.py)."""
@@ -37,6 +39,25 @@ class Goal:
 
     def __str__(self) -> str:
         return f"{self.behaviour} {self.wanted}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One atom at one coefficient, as it did on a goal's development prompts in one round of the search.
+
+    `n` answers, of which `rate` showed the behaviour and `degenerate` were none; `rate_unsteered` is of as many unsteered
+    ones. KL in nats a token; `kl` is None where it was not measured.
+    """
+
+    round: Round
+    atom: str
+    coefficient: float
+    n: int
+    rate_unsteered: float
+    rate: float
+    degenerate: float
+    predicted_kl: float
+    kl: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +141,16 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class GoalResult:
-    """`choice` None: no setting moved the behaviour as wanted within the limits; then only unsteered is reported."""
+    """`choice` None: no setting moved the behaviour as wanted within the limits; then only unsteered is reported.
+
+    `trials`: what the choice was made from.
+    """
 
     goal: Goal
     choice: Choice | None
     conditions: tuple[Condition, ...]
     curve: tuple[CurvePoint, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
     def condition(self, name: str) -> Condition | None:
         return next((c for c in self.conditions if c.name == name), None)

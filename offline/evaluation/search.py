@@ -18,7 +18,7 @@ from offline.evaluation.answers import Answer
 from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.harness import Harness
 from offline.evaluation.measures import degenerate_share, outcomes, rate
-from offline.evaluation.results import Choice, Goal
+from offline.evaluation.results import Choice, Goal, Round, Trial
 from offline.evaluation.statistics import wilson_interval
 from offline.progress import Progress
 
@@ -44,16 +44,34 @@ class Setting:
 
 @dataclass(frozen=True)
 class Tried:
-    """What a round showed of a goal: the unsteered answers, and every setting that was tried."""
+    """What a round showed of a goal: the unsteered answers with the detector's rate on them, and every setting tried."""
 
     unsteered: list[Answer]
+    rate_unsteered: float
     settings: list[Setting]
+
+    def trials(self, stage: Round, kls: Mapping[tuple[str, float], float]) -> tuple[Trial, ...]:
+        """For the record. `kls` are the measured ones by atom and coefficient."""
+        return tuple(
+            Trial(stage, s.atom, s.coefficient, s.n, self.rate_unsteered, s.rate, s.degenerate, s.predicted_kl,
+                  kls.get((s.atom, s.coefficient)))
+            for s in self.settings
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Search:
+    """What came of a goal. `choice` is None where no setting within the limits moves the behaviour as wanted; `trials` are
+    all that were looked at on all development prompts."""
+
+    choice: Choice | None
+    trials: tuple[Trial, ...]
 
 
 def choose_settings(
     harness: Harness, prompts: Prompts, atoms: Sequence[str], config: EvaluateConfig, progress: Progress
-) -> dict[Goal, Choice | None]:
-    """One choice a goal; None where no setting within the limits moves the behaviour as wanted."""
+) -> dict[Goal, Search]:
+    """One choice a goal, and what it was made from."""
     candidates: Mapping[Goal, Sequence[str]] = dict.fromkeys(prompts, atoms)
     if len(atoms) > config.candidates:
         few = screening_prompts(harness, prompts, config.screen_prompts, progress)
@@ -72,7 +90,13 @@ def choose_settings(
             bar.advance()
     last = {goal: list(kls) for goal, kls in finalists.items()}
     confirmed = try_settings(harness, prompts, last, "confirm", progress, config.dev_samples)
-    return {goal: _choose(harness, goal, found, finalists[goal], config) for goal, found in confirmed.items()}
+    return {
+        goal: Search(
+            _choose(harness, found, finalists[goal], config),
+            (*tried[goal].trials("choose", finalists[goal]), *found.trials("confirm", finalists[goal])),
+        )
+        for goal, found in confirmed.items()
+    }
 
 
 def screening_prompts(harness: Harness, prompts: Prompts, most: int, progress: Progress) -> dict[Goal, list[str]]:
@@ -108,7 +132,7 @@ def try_settings(
                 Setting(atom, c, len(unsteered), share, goal.sign * (share - base), degenerate_share(answers[goal, mix]),
                         harness.package.predicted_kl(mix))
             )  # fmt: skip
-        tried[goal] = Tried(unsteered, settings)
+        tried[goal] = Tried(unsteered, base, settings)
     return tried
 
 
@@ -161,7 +185,7 @@ def _finalists(harness: Harness, tried: Tried, config: EvaluateConfig) -> dict[t
 
 
 def _choose(
-    harness: Harness, goal: Goal, tried: Tried, kls: Mapping[tuple[str, float], float], config: EvaluateConfig
+    harness: Harness, tried: Tried, kls: Mapping[tuple[str, float], float], config: EvaluateConfig
 ) -> Choice | None:
     """The best of the finalists, whose measured KL is `kls`."""
     limit = _degenerate_limit(tried, config)
@@ -170,7 +194,7 @@ def _choose(
         return None
     best = min(allowed, key=lambda s: (-s.gain, s.predicted_kl))
     return Choice(best.atom, harness.package.card(best.atom).name, best.coefficient, best.n,
-                  rate(tried.unsteered, get_detector(goal.behaviour)), best.rate, best.degenerate, best.predicted_kl,
+                  tried.rate_unsteered, best.rate, best.degenerate, best.predicted_kl,
                   kls[best.atom, best.coefficient])  # fmt: skip
 
 

@@ -91,6 +91,8 @@ def test_the_best_setting_is_chosen_on_dev_and_reported_on_heldout(
     adjusted = holm([change.p, down.condition(ATOM).to_unsteered.p])
     assert [g.condition(ATOM).to_unsteered.p_holm for g in (up, down)] == pytest.approx(adjusted)
     assert evaluation.facts["prompts"] == {"file": "prompts.jsonl", "sha256": sha256_file(prompts)}
+    assert evaluation.facts["package"]["base_adapter"] == tiny_package.manifest.adapter_hash
+    assert "torch" in evaluation.facts["machine"]
     assert [(p.coefficient, p.rate.count) for p in up.curve] == [(-1.0, 0), (-0.5, 0), (0.5, 8)]
 
 
@@ -178,6 +180,13 @@ def test_further_samples_show_what_the_first_ones_hid(
     (up,) = run(harness, prompts, changed, tmp_path).goals
     assert (up.choice.atom, up.choice.coefficient, up.choice.n) == (good, chosen, DEV * samples)
     assert up.condition(ATOM).rate.n == HELDOUT, "one answer a held-out prompt: the tests are of pairs"
+    first, last = ([t for t in up.trials if t.round == stage and (t.atom, t.coefficient) == (good, 1.0)]
+                   for stage in ("choose", "confirm"))  # fmt: skip
+    assert [(t.n, t.degenerate) for t in (*first, *last)] == [
+        (DEV, 0),
+        (DEV * samples, pytest.approx(1 - 1 / samples)),
+    ], "why the strong setting was not taken is kept"
+    assert {t.rate_unsteered for t in up.trials} == {0.0} and last[0].kl is not None
 
 
 @pytest.mark.parametrize(("samples", "finalists", "chosen"), [(1, 6, 0.5), (3, 6, 1.0), (3, 1, 0.5)])
