@@ -15,7 +15,13 @@ from typing import Any
 
 from atoms.errors import DataError
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_TOKEN_LIMITS = {
+    "/v1/chat/completions": ("max_tokens", "max_completion_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+}
+"""What each URL calls the longest answer; a body has one of its names at most, and gets the first where it has none."""
+URLS = tuple(_TOKEN_LIMITS)
 LONGEST_LINE = 16 << 20
 """In bytes. Longer lines are skipped piece by piece, so that memory stays bounded."""
 LONGEST_ID = 512
@@ -38,7 +44,8 @@ class BatchLine:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Fields for bodies that lack them, the default steering, and how plain prompts are read and asked."""
+    """Fields for bodies that lack them, `max_tokens` by the URL's own name, the default steering, and how plain prompts are
+    read and asked."""
 
     body: Mapping[str, Any]
     steering: Mapping[str, Any] | None = None
@@ -73,7 +80,7 @@ def _line(number: int, row: Any, defaults: Defaults) -> BatchLine:
         url, body = _openai_request(row) if _is_openai(row) else (URLS[0], _plain_body(row, defaults))
         if body.get("stream"):
             raise InvalidLineError("the body asks for a stream, which a batch has no place for; leave stream out")
-        missing = {field: value for field, value in defaults.body.items() if field not in body}
+        missing = _missing(url, body, defaults.body)
         if isinstance(row, Mapping) and (asked := row.get("steering")) not in (None, ""):
             if "steering" in body:
                 raise InvalidLineError("steering is in the line and in its body; leave one out")
@@ -84,6 +91,15 @@ def _line(number: int, row: Any, defaults: Defaults) -> BatchLine:
         return BatchLine(name, url, missing | body)
     except (ValueError, TypeError, RecursionError) as error:
         return BatchLine(name, error=_reason(error))
+
+
+def _missing(url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The default fields that `body` says nothing of; a server refuses a limit of tokens under two names or a foreign one."""
+    missing = {name: value for name, value in defaults.items() if name != "max_tokens" and name not in body}
+    limits = _TOKEN_LIMITS[url]
+    if "max_tokens" in defaults and not any(name in body for name in limits):
+        missing[limits[0]] = defaults["max_tokens"]
+    return missing
 
 
 def _custom_id(row: Any) -> str | None:
