@@ -44,8 +44,8 @@ class BatchLine:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Fields for bodies that lack them, `max_tokens` by the URL's own name, the default steering, and how plain prompts are
-    read and asked."""
+    """Fields for bodies that lack them, `max_tokens` by the URL's own name, the steering of lines that say nothing of it, and
+    how plain prompts are read and asked."""
 
     body: Mapping[str, Any]
     steering: Mapping[str, Any] | None = None
@@ -85,12 +85,17 @@ def _line(number: int, row: Any, defaults: Defaults) -> BatchLine:
             if "steering" in body:
                 raise InvalidLineError("steering is in the line and in its body; leave one out")
             body["steering"] = json.loads(asked) if isinstance(asked, str) else asked
-        if body.get("steering") is None and defaults.steering is not None:
+        if defaults.steering is not None and body.get("steering") is None and not _names_preset(body.get("model")):
             body["steering"] = defaults.steering
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         return BatchLine(name, url, missing | body)
     except (ValueError, TypeError, RecursionError) as error:
         return BatchLine(name, error=_reason(error))
+
+
+def _names_preset(model: object) -> bool:
+    """Whether `model` is ``name:preset``, by which a request says its steering as well."""
+    return isinstance(model, str) and ":" in model
 
 
 def _missing(url: str, body: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

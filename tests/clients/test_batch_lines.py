@@ -63,3 +63,14 @@ def test_a_limit_that_a_body_gives_is_its_only_one(tmp_path: Path, url: str, nam
     taken = read_by_server(url, body)
     assert (taken.token_limit(), taken.temperature, taken.seed) == (3, 1.0, 7)
     assert [field for field in body if "tokens" in field] == [name]
+
+
+def test_a_model_that_names_a_preset_says_the_mix(tmp_path: Path) -> None:
+    """A default mix beside it would override atoms of the preset, or be added to them."""
+    defaults = Defaults({}, {"atoms": {"a": 1.0}})
+    assert "steering" not in line_of(tmp_path, CHAT, PROMPTS[CHAT] | {"model": "demo:brief"}, defaults)
+    for model in ({}, {"model": None}, {"model": "demo"}):
+        body = line_of(tmp_path, CHAT, PROMPTS[CHAT] | model, defaults)
+        assert body["steering"] == {"atoms": {"a": 1.0}}
+    own = line_of(tmp_path, CHAT, PROMPTS[CHAT] | {"model": "demo:brief", "steering": {"max_kl": 1}}, defaults)
+    assert own["steering"] == {"max_kl": 1}
