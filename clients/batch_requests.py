@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 MIX_HEADER = "x-atomsteer-mix"
 LONGEST_WAIT = 3600.0
 """Seconds that ``Retry-After`` is obeyed for at most."""
-_FATAL = (401, 403)
-"""Statuses that every further line would get too."""
 _SHOWN = 200
 """Characters of an answer that is none, in its line's error."""
 
@@ -62,10 +60,8 @@ class Asker:
                 "command again once the server is back"
             ) from error
         except APIStatusError as error:
-            if error.status_code in _FATAL:
-                raise BatchStoppedError(
-                    f"the server refuses the key with status {error.status_code}: {error.message}"
-                ) from error
+            if error.status_code == 401:  # a 403 concerns its line alone, such as one that leaves tested ranges
+                raise BatchStoppedError(f"the server refuses the key with status 401: {error.message}") from error
             return _result(line, error.response, error.code or f"status_{error.status_code}", error.message)
         if line.body.get("steering") is not None and MIX_HEADER not in response.headers:
             raise BatchStoppedError(f"{self.client.base_url} ignores steering: its answers have no {MIX_HEADER}; is it an "

@@ -81,7 +81,8 @@ def _in_process(package: Path, options: EngineOptions | None) -> Iterator[Connec
         loaded = load_package(
             package, replace(options or EngineOptions(), max_waiting=_MOST_WAITING)
         )  # the caller bounds the queue
-        config = ServeConfig(package=package, api_keys=(key,), access_log=False)
+        # Whoever has the package may leave tested ranges, too.
+        config = ServeConfig(package=package, api_keys=(key,), admin_keys=(key,), access_log=False)
         app = create_app(loaded.package, loaded.engine, config, vocabulary=loaded.vocabulary)
         settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         host = uvicorn.Server(settings)

@@ -17,8 +17,10 @@ from pyarrow import parquet
 
 from atoms.errors import ConfigError, DataError
 from atoms.package import Package
+from clients.batch import BatchConfig, run_batch
 from clients.batch_lines import Defaults, read_lines
 from clients.batch_results import CustomIds, open_results, read_answered
+from server.embedded.load import EngineOptions
 
 ADMIN_KEY = "admin-key-of-the-tests"
 LINES = 210
@@ -117,6 +119,21 @@ def test_lines_that_cannot_be_answered_say_why_and_can_be_tried_again(real_serve
     assert "was begun with steering" in changed.communicate()[1] and changed.returncode == 2
     gone = batch(source, "--out", tmp_path / "x.jsonl", "--server", "http://127.0.0.1:9", "--max-retries", 0)
     assert "cannot be reached" in gone.communicate()[1] and gone.returncode == 2
+
+
+def test_whoever_has_the_package_may_leave_tested_ranges(
+    package: Package, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    card = package.manifest.atoms[0]
+    atoms = {card.id: card.tested_range[1] + 1}
+    lines = [request(0, {"atoms": atoms}), request(1, {"atoms": atoms, "allow_out_of_range": True})]
+    source = write(tmp_path / "in.jsonl", lines)
+    config = BatchConfig(source, tmp_path / "out.jsonl", NO_DEFAULTS, 2, quiet=True)
+    options = EngineOptions(model=str(tiny_model_dir), device="cpu", dtype="float32", slots=2)
+    assert run_batch(config, package=package.path, server=None, key=None, options=options).done == 2
+    found = results(tmp_path / "out.jsonl")
+    assert found["r-0"]["error"]["code"] == "invalid_coefficient"
+    assert found["r-1"]["response"]["body"]["steering"]["atoms"] == atoms
 
 
 def test_a_dry_run_counts_predicts_and_writes_nothing(named_package: Package, tmp_path: Path) -> None:

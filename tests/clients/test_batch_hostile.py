@@ -32,6 +32,7 @@ from clients import batch_lines, batch_requests
 from clients.batch import BatchConfig, run_batch
 from clients.batch_dry_run import scan_for_dry_run
 from clients.batch_lines import Defaults, read_lines
+from clients.batch_requests import BatchStoppedError
 
 Plan = Callable[[dict, int], tuple]
 """A request's body and how often it has come -> status, headers, and the bytes of the answer if they are not the usual."""
@@ -176,6 +177,18 @@ def test_what_will_not_pass_is_not_asked_again(tmp_path: Path) -> None:
         with scripted(lambda body, tries, status=status: (status, {"Retry-After": "30"})) as server:
             assert run(source, server.url, out=tmp_path / f"{status}.jsonl").failed == 2
             assert len(server.asked) == 2, status
+
+
+def test_a_refused_line_costs_itself_and_a_refused_key_the_run(tmp_path: Path) -> None:
+    """Leaving tested ranges needs an admin key (403): the other lines do without."""
+    source = write_requests(tmp_path / "in.jsonl", 3)
+    with scripted(lambda body, tries: (403 if body["prompt"] == "p1" else 200, {})) as server:
+        outcome = run(source, server.url)
+        assert (outcome.done, outcome.failed) == (3, 1)
+        assert answered(source)["r1"]["response"]["status_code"] == 403
+        server.plan = lambda body, tries: (401, {})
+        with pytest.raises(BatchStoppedError, match="refuses the key"):
+            run(source, server.url, out=tmp_path / "other.jsonl")
 
 
 def test_the_wait_that_a_server_asks_for_is_kept() -> None:
