@@ -1,6 +1,7 @@
 """What a batch writes: one line a request, appended as answers come; and what a stopped run has left.
 
-A line is written by one unbuffered write. What a killed run left torn is cut off; every whole line counts as done.
+A line is written by one unbuffered write. What a killed run left torn is cut off; every whole line counts as done. One run
+at a time has the file, from before it looks at anything in it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class CustomIds:
         self._rows = sqlite3.connect("")  # "": a temporary file of SQLite's own, gone with the connection
         self._rows.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, answered INTEGER, read INTEGER) WITHOUT ROWID")
         self.answered = 0
+        self.failed = 0
 
     def _execute(self, query: str, custom_id: str) -> sqlite3.Cursor:
         try:
@@ -40,11 +42,12 @@ class CustomIds:
                 "or set SQLITE_TMPDIR"
             ) from error
 
-    def add_answered(self, custom_id: str) -> bool:
-        """False if it had been answered before."""
+    def add_answered(self, custom_id: str, *, failed: bool = False) -> bool:
+        """False if it had been answered before. One that `failed` is answered, too."""
         query = "INSERT OR IGNORE INTO ids VALUES (?, 1, 0)"
         added = self._execute(query, custom_id).rowcount == 1
         self.answered += added
+        self.failed += added and failed
         return added
 
     def add_read(self, custom_id: str) -> bool:
@@ -65,10 +68,13 @@ class Results:
     def __init__(self, file: FileIO, ids: CustomIds) -> None:
         self._file = file
         self._synced = time.monotonic()
+        self._failure: StorageError | None = None
         self.ids = ids
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line. Raises StorageError."""
+        """Appends a line. Raises StorageError, and again after that: a line that was cut short must stay the last."""
+        if self._failure is not None:
+            raise self._failure
         # A lone surrogate, which UTF-8 has not, becomes \\udXXX, which is how JSON writes it.
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
@@ -79,10 +85,11 @@ class Results:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            raise StorageError(
+            self._failure = StorageError(
                 f"cannot write {os.fspath(self._file.name)}: {error.strerror or error}; the answers in it are kept: "
                 "free disk space, then run the command again"
-            ) from error
+            )
+            raise self._failure from error
 
 
 @contextmanager
@@ -93,13 +100,13 @@ def open_results(path: Path, settings: Mapping[str, Any], *, retry_failed: bool 
     with other settings or is no regular file, DataError if it holds something else than results, StorageError.
     """
     _check_file(path)
-    _check_settings(path, settings)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)
     ids = CustomIds()
     try:
         _lock(file, path)
+        _check_settings(path, settings)  # not before: they may be those of a run that has just begun
         if retry_failed:
             file = _without_failures(path, file)
         read_answered(path, ids, cut=True)
@@ -120,7 +127,8 @@ def read_answered(path: Path, ids: CustomIds, *, cut: bool) -> None:
     end = 0
     for number, line in enumerate(_whole_lines(path), 1):
         end += len(line)
-        if not ids.add_answered(_result(path, number, line)["custom_id"]):
+        result = _result(path, number, line)
+        if not ids.add_answered(result["custom_id"], failed=result["error"] is not None):
             raise DataError(f"line {number} of {path} has a custom_id that an earlier one has; choose another --out")
     if cut and end < path.stat().st_size:
         with storage_errors(path):
@@ -163,10 +171,19 @@ def _without_failures(path: Path, file: FileIO) -> FileIO:
 
 
 def _lock(file: FileIO, path: Path) -> None:
+    """Raises ConfigError if another run has `path`, or has put another file in its place since `file` was opened."""
+    taken = ConfigError(f"another run is writing {path}; wait for it, or choose another --out")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        replaced = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except BlockingIOError as error:
-        raise ConfigError(f"another run is writing {path}; wait for it, or choose another --out") from error
+        raise taken from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be locked against other runs: {error.strerror or error}; choose an --out on another file system"
+        ) from error
+    if replaced:
+        raise taken
 
 
 def _settings_in(kept: Path) -> dict[str, Any]:
