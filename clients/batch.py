@@ -70,10 +70,11 @@ class Scan:
 
 @dataclass
 class Outcome:
-    """How a run went. `tokens` are generated ones."""
+    """How a run went. `failed_before` lines of OUT hold errors of earlier runs; `tokens` are generated ones."""
 
     done: int = 0
     failed: int = 0
+    failed_before: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -93,7 +94,7 @@ def run_batch(
     with open_results(config.out, config.settings(source), retry_failed=config.retry_failed) as results:
         scan = scan_input(config, results.ids)
         if scan.answered == scan.lines:
-            return Outcome()
+            return Outcome(failed_before=results.ids.failed)
         with connect(package, server, key, options) as connection:
             return asyncio.run(answer_all(config, results, scan, connection))
 
@@ -127,7 +128,7 @@ async def answer_all(config: BatchConfig, results: Results, scan: Scan, connecti
     from openai import AsyncOpenAI
 
     left = (line for line in read_lines(config.input, config.defaults) if not results.ids.is_answered(line.custom_id))
-    outcome, started = Outcome(), time.monotonic()
+    outcome, started = Outcome(failed_before=results.ids.failed), time.monotonic()
     with _progress(config.quiet) as bar:
         task = bar.add_task("batch", total=scan.lines, completed=scan.answered, rate=0.0, failed=0)
 

@@ -115,7 +115,7 @@ def batch(
     dtype: DtypeOption = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Answer every line of a file under mixes. Run again after a stop: it resumes. Status 1 if lines failed."""
+    """Answer every line of a file under mixes. Run again after a stop: it resumes. Status 1 if lines of OUT have failed."""
     from atoms.mix import parse_mix
     from clients.batch import BatchConfig, run_batch
     from clients.batch_lines import Defaults
@@ -141,7 +141,9 @@ def batch(
     outcome = run_batch(config, package=package, server=server, key=key, options=options)
     rate = f", {outcome.tokens / outcome.seconds:.1f} tok/s" if outcome.seconds else ""
     print(f"{out}: {outcome.done} lines answered, {outcome.failed} of them failed{rate}")
-    if outcome.failed:
+    if outcome.failed_before:
+        print(f"{out}: {outcome.failed_before} lines of earlier runs have failed; --retry-failed answers them again")
+    if outcome.failed or outcome.failed_before:
         raise typer.Exit(1)
 
 

@@ -170,6 +170,23 @@ def test_a_line_that_stays_refused_is_an_error_and_can_be_tried_again(tmp_path: 
     assert all(line["error"] is None for line in answered(source).values())
 
 
+def test_a_rerun_is_no_success_while_failures_are_in_the_output(tmp_path: Path) -> None:
+    """Whoever runs a batch until it succeeds must not take the second run's silence for that."""
+    source = write_requests(tmp_path / "in.jsonl", 3)
+    with scripted(lambda body, tries: (400 if body["prompt"] == "p1" else 200, {})) as server:
+        first, second = (subprocess.run(command(source, server.url), capture_output=True, text=True) for _ in range(2))
+        assert first.returncode == 1 and "1 of them failed" in first.stdout
+        assert second.returncode == 1 and "1 lines of earlier runs have failed; --retry-failed" in second.stdout
+        source.write_text(
+            source.read_text() + '{"custom_id": "r3", "url": "/v1/completions", "body": {"prompt": "p3"}}\n'
+        )
+        third = subprocess.run(command(source, server.url), capture_output=True, text=True)
+        assert third.returncode == 1 and "1 lines answered, 0 of them failed" in third.stdout
+        server.plan = good
+        last = subprocess.run(command(source, server.url, "--retry-failed"), capture_output=True, text=True)
+    assert last.returncode == 0 and "earlier" not in last.stdout
+
+
 def test_what_will_not_pass_is_not_asked_again(tmp_path: Path) -> None:
     """A conflict is no bad moment: an experiment that is a draft, or a preset of another package, stays one."""
     source = write_requests(tmp_path / "in.jsonl", 2)
