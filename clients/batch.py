@@ -23,7 +23,7 @@ from atoms.errors import AtomsteerError, ConfigError, DataError
 from clients.batch_lines import Defaults, read_lines
 from clients.batch_requests import Asker, generated_tokens
 from clients.batch_results import CustomIds, Results, open_results
-from clients.connection import Connection, check_source, connect
+from clients.connection import Connection, check_source, connect, read_source
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -48,11 +48,11 @@ class BatchConfig:
     retry_failed: bool = False
     quiet: bool = False
 
-    def settings(self, source: str) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that it goes on with."""
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it goes on with, besides who answers."""
         defaults = self.defaults
         return {
-            "input": self.input.name, "source": source, "body": dict(defaults.body), "steering": defaults.steering,
+            "input": self.input.name, "body": dict(defaults.body), "steering": defaults.steering,
             "column": defaults.column, "system": defaults.system,
         }  # fmt: skip
 
@@ -90,12 +90,15 @@ def run_batch(
     check_source(package, server)
     if config.out.exists() and config.input.exists() and config.out.samefile(config.input):
         raise ConfigError(f"--out is {config.out}, which is the input; choose another file")
-    source = "server" if package is None else _identity(package)
-    with open_results(config.out, config.settings(source), retry_failed=config.retry_failed) as results:
+    settings = config.settings()
+    if package is not None:  # a server is asked who it is once there is something to ask it
+        settings["source"] = read_source(package)
+    with open_results(config.out, settings, retry_failed=config.retry_failed) as results:
         scan = scan_input(config, results.ids)
         if scan.answered == scan.lines:
             return Outcome(failed_before=results.ids.failed)
         with connect(package, server, key, options) as connection:
+            results.begin({"source": connection.source})
             return asyncio.run(answer_all(config, results, scan, connection))
 
 
@@ -161,13 +164,6 @@ async def answer_all(config: BatchConfig, results: Results, scan: Scan, connecti
 def _first(group: ExceptionGroup[AtomsteerError]) -> AtomsteerError:
     first = group.exceptions[0]
     return _first(first) if isinstance(first, ExceptionGroup) else first
-
-
-def _identity(package: Path) -> str:
-    from atoms.package import Package
-
-    manifest = Package.read(package).manifest
-    return f"{manifest.name} {manifest.version} {manifest.content_hash[:16]}"
 
 
 def _progress(quiet: bool) -> Progress:

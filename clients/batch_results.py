@@ -65,11 +65,25 @@ class CustomIds:
 class Results:
     """The output file of one run, and the ids in it. Made by `open_results`."""
 
-    def __init__(self, file: FileIO, ids: CustomIds) -> None:
+    def __init__(
+        self, path: Path, file: FileIO, ids: CustomIds, settings: Mapping[str, Any], *, retry_failed: bool = False
+    ) -> None:
+        self._path = path
         self._file = file
+        self._settings = settings
+        self._retry_failed = retry_failed
         self._synced = time.monotonic()
         self._failure: StorageError | None = None
         self.ids = ids
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Holds the run to further `settings`, which are known once the server is, and drops failures that are asked again.
+
+        Raises ConfigError, StorageError.
+        """
+        _check_settings(self._path, {**self._settings, **settings})
+        if self._retry_failed:
+            self._file = _without_failures(self._path, self._file)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends a line. Raises StorageError, and again after that: a line that was cut short must stay the last."""
@@ -91,36 +105,44 @@ class Results:
             )
             raise self._failure from error
 
+    def sync(self) -> None:
+        """Raises StorageError."""
+        with storage_errors(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
 
 @contextmanager
 def open_results(path: Path, settings: Mapping[str, Any], *, retry_failed: bool = False) -> Iterator[Results]:
     """The file `path`, to be gone on with. `settings` are what all of its lines must share; they are kept beside it.
 
-    `retry_failed` drops the lines that hold errors first. Raises ConfigError if another run writes `path` or it was begun
-    with other settings or is no regular file, DataError if it holds something else than results, StorageError.
+    With `retry_failed`, lines that hold errors count as not answered. Raises ConfigError if another run writes `path` or it was
+    begun with other settings or is no regular file, DataError if it holds something else than results, StorageError.
     """
     _check_file(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("ab", buffering=0)
     ids = CustomIds()
+    results = Results(path, file, ids, settings, retry_failed=retry_failed)
     try:
         _lock(file, path)
         _check_settings(path, settings)  # not before: they may be those of a run that has just begun
-        if retry_failed:
-            file = _without_failures(path, file)
-        read_answered(path, ids, cut=True)
-        results = Results(file, ids)
+        read_answered(path, ids, cut=True, but_failed=retry_failed)
         yield results
-        with storage_errors(path):
-            os.fsync(file.fileno())
+        results.sync()
     finally:
         ids.close()
-        file.close()
+        results.close()
 
 
-def read_answered(path: Path, ids: CustomIds, *, cut: bool) -> None:
-    """Notes the ids of all whole lines of `path`; with `cut`, removes a torn last line. Raises DataError, ConfigError."""
+def read_answered(path: Path, ids: CustomIds, *, cut: bool, but_failed: bool = False) -> None:
+    """Notes the ids of all whole lines of `path`, `but_failed` ones; with `cut`, removes a torn last line.
+
+    Raises DataError, ConfigError.
+    """
     if not path.exists():
         return
     _check_file(path)
@@ -128,7 +150,8 @@ def read_answered(path: Path, ids: CustomIds, *, cut: bool) -> None:
     for number, line in enumerate(_whole_lines(path), 1):
         end += len(line)
         result = _result(path, number, line)
-        if not ids.add_answered(result["custom_id"], failed=result["error"] is not None):
+        failed = result["error"] is not None
+        if not (failed and but_failed) and not ids.add_answered(result["custom_id"], failed=failed):
             raise DataError(f"line {number} of {path} has a custom_id that an earlier one has; choose another --out")
     if cut and end < path.stat().st_size:
         with storage_errors(path):
@@ -199,7 +222,7 @@ def _settings_in(kept: Path) -> dict[str, Any]:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Compares with, or writes, ``OUT.run.json``."""
+    """Compares `settings` with those in ``OUT.run.json``, or writes them if nothing is answered yet."""
     kept = path.with_name(path.name + ".run.json")
     if path.exists() and path.stat().st_size:
         if not kept.exists():
@@ -207,7 +230,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
                 f"{path} exists, and {kept.name}, which says how it was made, does not; choose another --out"
             )
         before = _settings_in(kept)
-        if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+        if changed := sorted(name for name in settings if before.get(name) != settings[name]):
             name = changed[0]
             raise ConfigError(
                 f"{path} was begun with {name} {before.get(name)!r} and this run has {settings.get(name)!r}; go on with the "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from atoms.errors import ConfigError, EngineStoppedError
 
 if TYPE_CHECKING:
+    from atoms.manifest import Manifest
     from server.embedded.load import EngineOptions
 
 _MOST_WAITING = 1 << 16
@@ -22,11 +23,13 @@ _START_SECONDS = 30
 
 @dataclass(frozen=True)
 class Connection:
-    """`url` ends with /v1. `model` is what requests that name none are sent to."""
+    """`url` ends with /v1. `model` is what requests that name none are sent to. `source` tells who answers: the package, and of
+    a running server the model too, or alone where it names no package."""
 
     url: str
     key: str
     model: str
+    source: str
 
 
 def check_source(package: Path | None, server: str | None) -> None:
@@ -55,14 +58,31 @@ def _running(server: str, key: str | None) -> Connection:
     from clients.server_api import ServerAPI
 
     with ServerAPI(server, key) as api:
-        answer = api.call("GET", "models")
+        answer, version = api.call("GET", "models"), api.version()
     try:
         named = [model["id"] for model in answer["data"] if model.get("parent") is None]
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{server} lists no models at /v1/models; is it an OpenAI API?") from error
     if not named:
         raise ConfigError(f"{server} serves no model")
-    return Connection(f"{server.rstrip('/').removesuffix('/v1')}/v1", key or "none", named[0])
+    serves = [str(version[name]) for name in ("package", "package_version") if name in version]
+    return Connection(
+        f"{server.rstrip('/').removesuffix('/v1')}/v1",
+        key or "none",
+        named[0],
+        " ".join([f"model {named[0]}", *serves]),
+    )
+
+
+def read_source(package: Path) -> str:
+    """As `Connection.source`, where the package that lies there is served in this process. Raises PackageError."""
+    from atoms.package import Package
+
+    return _source(Package.read(package).manifest)
+
+
+def _source(manifest: Manifest) -> str:
+    return f"{manifest.name} {manifest.version} {manifest.content_hash[:16]}"
 
 
 @contextmanager
@@ -91,7 +111,8 @@ def _in_process(package: Path, options: EngineOptions | None) -> Iterator[Connec
         try:
             _wait_until_started(host, thread)
             port = listener.getsockname()[1]
-            yield Connection(f"http://127.0.0.1:{port}/v1", key, loaded.package.manifest.name)
+            manifest = loaded.package.manifest
+            yield Connection(f"http://127.0.0.1:{port}/v1", key, manifest.name, _source(manifest))
         finally:
             loaded.engine.close()
             host.should_exit = True

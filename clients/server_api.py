@@ -62,6 +62,13 @@ class ServerAPI:
             )
         return result
 
+    def version(self) -> dict[str, Any]:
+        """What ``/version`` answers, which names the package of an atomsteer server; empty where there is no such route."""
+        try:
+            return self.call("GET", f"{self._url}/version")
+        except ServerAnswerError:
+            return {}
+
     def download(self, path: str, out: Path, **query: Any) -> None:
         """Writes the answer's bytes to `out`, whole or not at all. Raises ServerAnswerError, StorageError."""
         from atoms.storage import write_bytes

@@ -45,7 +45,7 @@ class Scripted(BaseHTTPRequestHandler):
     server: ScriptedServer
 
     def do_GET(self) -> None:
-        self._answer(*self.server.models)
+        self._answer(*(self.server.version if self.path == "/version" else self.server.models))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -87,6 +87,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Scripted)
         self.plan, self.lock = plan, threading.Lock()
         self.asked: list[tuple[float, str]] = []
+        self.version: tuple = (404, b"")
         self.models: tuple = (200, {"data": [{"id": "m", "parent": None}]})
 
     @property
@@ -185,6 +186,34 @@ def test_a_rerun_is_no_success_while_failures_are_in_the_output(tmp_path: Path) 
         server.plan = good
         last = subprocess.run(command(source, server.url, "--retry-failed"), capture_output=True, text=True)
     assert last.returncode == 0 and "earlier" not in last.stdout
+
+
+def test_a_resumed_run_notices_that_somebody_else_answers(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 2)
+    kept = tmp_path / "out.jsonl"
+    with scripted(lambda body, tries: (400 if body["prompt"] == "p1" else 200, {})) as server:
+        server.version = (200, {"version": "0.1.0", "package": "lists", "package_version": "1"})
+        assert run(source, server.url).failed == 1
+        before = kept.read_bytes()
+        server.version = (200, {"version": "0.1.0", "package": "lists", "package_version": "2"})
+        with pytest.raises(ConfigError, match="begun with source 'model m lists 1' and this run has 'model m lists 2'"):
+            run(source, server.url, retry_failed=True)
+        assert kept.read_bytes() == before, "the failures of the run before are its results until they are asked again"
+        server.plan, server.version = good, (200, {"package": "lists", "package_version": "1"})
+        assert run(source, server.url, retry_failed=True).done == 1
+        server.version, server.models = (404, b""), (200, {"data": [{"id": "other", "parent": None}]})
+        source.write_text(
+            source.read_text() + '{"custom_id": "r2", "url": "/v1/completions", "body": {"prompt": "p2"}}\n'
+        )
+        with pytest.raises(ConfigError, match="this run has 'model other'"):
+            run(source, server.url)
+
+
+def test_a_rerun_with_nothing_to_do_needs_no_server(tmp_path: Path) -> None:
+    source = write_requests(tmp_path / "in.jsonl", 2)
+    with scripted(good) as server:
+        run(source, server.url)
+    assert run(source, server.url).done == 0
 
 
 def test_what_will_not_pass_is_not_asked_again(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_nothing_is_written_behind_a_line_that_was_cut_short(tmp_path: Path) -> 
     out = tmp_path / "out.jsonl"
     ids = CustomIds()
     with NearlyFull(out, "ab") as file:
-        results = Results(file, ids)
+        results = Results(out, file, ids, {})
         for custom_id in ("a", "b"):
             with pytest.raises(StorageError, match="free disk space"):
                 results.write(result(custom_id))
