@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 MIX_HEADER = "x-atomsteer-mix"
 LONGEST_WAIT = 3600.0
 """Seconds that ``Retry-After`` is obeyed for at most."""
+_AWAY = (502, 503)
+"""Statuses of a server, or of a proxy before it, that can answer nobody: its engine has stopped, or nothing is behind it. A
+500 or 504 may be its line's doing."""
 _SHOWN = 200
 """Characters of an answer that is none, in its line's error."""
 
@@ -62,6 +65,11 @@ class Asker:
         except APIStatusError as error:
             if error.status_code == 401:  # a 403 concerns its line alone, such as one that leaves tested ranges
                 raise BatchStoppedError(f"the server refuses the key with status 401: {error.message}") from error
+            if error.status_code in _AWAY:
+                raise BatchStoppedError(
+                    f"{self.client.base_url} still answers with status {error.status_code} after {self.max_retries + 1} tries: "
+                    f"{error.message}; what is answered is kept: run the command again once the server is back"
+                ) from error
             return _result(line, error.response, error.code or f"status_{error.status_code}", error.message)
         if line.body.get("steering") is not None and MIX_HEADER not in response.headers:
             raise BatchStoppedError(f"{self.client.base_url} ignores steering: its answers have no {MIX_HEADER}; is it an "

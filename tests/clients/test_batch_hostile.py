@@ -154,7 +154,7 @@ def test_a_line_that_stays_refused_is_an_error_and_can_be_tried_again(tmp_path: 
     source = write_requests(tmp_path / "in.jsonl", 3)
 
     def broken(body: dict, tries: int) -> tuple[int, dict[str, str]]:
-        return (503, {"Retry-After": "0.01"}) if body["prompt"] == "p1" else (200, {})
+        return (500, {"Retry-After": "0.01"}) if body["prompt"] == "p1" else (200, {})
 
     with scripted(broken) as server:
         assert run(source, server.url, max_retries=2).failed == 1
@@ -163,12 +163,34 @@ def test_a_line_that_stays_refused_is_an_error_and_can_be_tried_again(tmp_path: 
         assert (
             line["error"]["code"] == "busy"
             and "scripted" in line["error"]["message"]
-            and line["response"]["status_code"] == 503
+            and line["response"]["status_code"] == 500
         )
         server.plan = good
         again = run(source, server.url, retry_failed=True)
     assert (again.done, again.failed) == (1, 0)
     assert all(line["error"] is None for line in answered(source).values())
+
+
+@pytest.mark.parametrize("status", [502, 503])
+def test_a_server_that_can_answer_nobody_stops_the_run(tmp_path: Path, status: int) -> None:
+    """Its engine has stopped, or a proxy finds nobody: every further line would fail as well, after all of its tries."""
+    source = write_requests(tmp_path / "in.jsonl", 50)
+
+    def stopped(body: dict, tries: int) -> tuple[int, dict[str, str]]:
+        return (200, {}) if body["prompt"] == "p0" else (status, {"Retry-After": "0.01"})
+
+    with scripted(stopped) as server:
+        with pytest.raises(BatchStoppedError, match=f"status {status} after 3 tries: .*run the command again"):
+            run(source, server.url, max_retries=2)
+        assert len({prompt for _, prompt in server.asked}) <= 6, "no worker goes on to other lines"
+        assert (
+            {name for name, line in answered(source).items() if line["error"] is None}
+            == {"r0"}
+            == set(answered(source))
+        )
+        server.plan = good
+        assert run(source, server.url).failed == 0
+    assert set(answered(source)) == {f"r{number}" for number in range(50)}
 
 
 def test_a_rerun_is_no_success_while_failures_are_in_the_output(tmp_path: Path) -> None:
