@@ -49,9 +49,14 @@ class SteeringMissingError(AtomsteerError):
     """The server answered without an echo: it does not steer."""
 
 
+class ChatStartError(AtomsteerError):
+    """The server refused what a chat begins with."""
+
+
 @dataclass
 class Chat:
-    """One conversation. `sampling` are the fields of a request besides model, messages and steering."""
+    """One conversation. `sampling` are the fields of a request besides model, messages and steering; `failed` counts turns and
+    commands that ended with an error."""
 
     client: AsyncOpenAI
     model: str
@@ -61,6 +66,7 @@ class Chat:
     turns: list[dict[str, str]] = field(default_factory=list)
     atoms: list[str] = field(default_factory=list)
     """Names of the server's atoms, for completion."""
+    failed: int = 0
 
     async def say(self, text: str) -> None:
         """Streams the answer to `text` and keeps both turns; a turn that fails or is interrupted is not kept."""
@@ -185,34 +191,49 @@ def run_chat(
     system: str | None,
     sampling: dict[str, Any],
     options: EngineOptions | None,
-) -> None:
-    """Talks until the input ends. Raises what `connect` raises; errors of single turns are shown, and the talk goes on."""
+) -> int:
+    """Talks until the input ends; returns how many turns and commands failed. Their errors are shown, and the talk goes on.
+
+    Raises what `connect` raises, MixError, ChatStartError.
+    """
     with connect(package, server, key, options) as connection, asyncio.Runner() as runner:
-        _talk(runner, connection, mix, system, sampling)
+        return _talk(runner, connection, mix, system, sampling)
 
 
 def _talk(
     runner: asyncio.Runner, connection: Connection, mix: list[str], system: str | None, sampling: dict[str, Any]
-) -> None:
+) -> int:
     from openai import AsyncOpenAI
 
     chat = Chat(AsyncOpenAI(base_url=connection.url, api_key=connection.key), connection.model, sampling, system)
     try:
-        if mix:
-            runner.run(chat.set_mix(",".join(mix)))
-        if sys.stdin.isatty():
-            runner.run(chat.list_atoms())
-            notice("/help lists the commands")
+        _begin(runner, chat, mix)
         read = line_reader(chat.completions)
         while (line := read()) is not None:
             if line.strip() and not _turn(runner, chat, line.strip()):
                 break
     finally:
         runner.run(chat.client.close())
+    return chat.failed
+
+
+def _begin(runner: asyncio.Runner, chat: Chat, mix: list[str]) -> None:
+    """Sets the mix, and learns the names of atoms where there is somebody to complete them for."""
+    from openai import OpenAIError
+
+    try:
+        if mix:
+            runner.run(chat.set_mix(",".join(mix)))
+        if sys.stdin.isatty():
+            runner.run(chat.list_atoms())
+            notice("/help lists the commands")
+    except OpenAIError as error:
+        raise ChatStartError(f"{chat.client.base_url} refused: {getattr(error, 'message', error)}") from error
 
 
 def _turn(runner: asyncio.Runner, chat: Chat, line: str) -> bool:
     """Answers one line; False to leave. Ctrl-C stops the answer alone."""
+    from httpx2 import HTTPError
     from openai import OpenAIError
 
     try:
@@ -221,7 +242,8 @@ def _turn(runner: asyncio.Runner, chat: Chat, line: str) -> bool:
         runner.run(chat.say(line))
     except KeyboardInterrupt:
         notice("[stopped]")
-    except (AtomsteerError, OpenAIError) as error:
+    except (AtomsteerError, OpenAIError, HTTPError) as error:  # the last is a stream that breaks off
+        chat.failed += 1
         notice(f"error: {getattr(error, 'message', error)}")
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,14 +67,16 @@ def chat(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Talk in the terminal; /mix, /atoms, /compare and /reset between turns."""
+    """Talk in the terminal; /mix, /atoms, /compare and /reset between turns. Piped: status 1 if a turn failed."""
     from clients.chat import run_chat
 
     if server is None:
         refuse_given(context, ["key"], "it is of --server")
     sampling = {"max_tokens": max_tokens, "temperature": temperature} | ({"seed": seed} if seed is not None else {})
-    run_chat(package=package, server=server, key=key, mix=mix or [], system=system, sampling=sampling,
-             options=_engine_options(server, model, device, dtype, 2))  # fmt: skip
+    failed = run_chat(package=package, server=server, key=key, mix=mix or [], system=system, sampling=sampling,
+                      options=_engine_options(server, model, device, dtype, 2))  # fmt: skip
+    if failed and not sys.stdin.isatty():  # at a terminal somebody has read why
+        raise typer.Exit(1)
 
 
 @app.command()

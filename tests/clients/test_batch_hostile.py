@@ -183,11 +183,7 @@ def test_a_server_that_can_answer_nobody_stops_the_run(tmp_path: Path, status: i
         with pytest.raises(BatchStoppedError, match=f"status {status} after 3 tries: .*run the command again"):
             run(source, server.url, max_retries=2)
         assert len({prompt for _, prompt in server.asked}) <= 6, "no worker goes on to other lines"
-        assert (
-            {name for name, line in answered(source).items() if line["error"] is None}
-            == {"r0"}
-            == set(answered(source))
-        )
+        assert answered(source).keys() <= {"r0"}
         server.plan = good
         assert run(source, server.url).failed == 0
     assert set(answered(source)) == {f"r{number}" for number in range(50)}

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pexpect
 import pytest
 
 from atoms.package import Package
+from server.config import ServeConfig
+from server.context import Traffic
+from server.embedded.app import create_app
+from server.embedded.scripted import BREAK, ScriptedEngine
+from server.embedded.serve import draining_server, reserve_port
 
 
-def chat(lines: list[str], *arguments: object) -> tuple[list[str], str]:
+def chat(lines: list[str], *arguments: object, status: int = 0) -> tuple[list[str], str]:
     """Lines of standard output, and standard error."""
     command = [
         sys.executable,
@@ -28,7 +36,7 @@ def chat(lines: list[str], *arguments: object) -> tuple[list[str], str]:
         "6",
     ]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     return done.stdout.splitlines(), done.stderr
 
 
@@ -37,7 +45,7 @@ def test_a_piped_conversation_prints_answers_and_obeys_commands(real_server: str
     out, errors = chat(
         [asked, "/mix numbered-list=3", "/mix", "/reset", asked, "/compare " + asked, "/mix nope=1", "/atoms", "/what",
          "/mix none", "/reset", asked, "/quit", "never read"],
-        "--server", real_server,
+        "--server", real_server, status=1,  # some of the commands fail
     )  # fmt: skip
     kl = named_package.predicted_kl(named_package.mix({"numbered-list": 3.0}))
     assert f"[numbered-list=3; predicted KL {kl:.3f} nats a token]" in errors
@@ -49,10 +57,64 @@ def test_a_piped_conversation_prints_answers_and_obeys_commands(real_server: str
     assert "never read" not in errors
 
 
+@pytest.fixture
+def scripted(package: Package, wait_for: Callable[..., bool]) -> Iterator[tuple[str, ScriptedEngine]]:
+    """The URL of a server in this process, and the engine whose script it recites."""
+    engine = ScriptedEngine()
+    app = create_app(package, engine, ServeConfig(package=package.path))
+    with reserve_port("127.0.0.1", 0) as listener:
+        running = draining_server(app, engine, Traffic(), 1.0, "ready")
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        assert wait_for(lambda: running.started)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", engine
+        running.should_exit = True
+        thread.join(10)
+
+
+def test_a_piped_chat_in_which_a_turn_failed_says_so(scripted: tuple[str, ScriptedEngine]) -> None:
+    url, engine = scripted
+    assert chat(["Hi"], "--server", url)[0] == ["one two three"]
+    engine.script = f"one {BREAK} three"
+    out, errors = chat(["Hi", "/history"], "--server", url, status=1)
+    assert out == ["one"] and "error: " in errors and "user: " not in errors
+    assert "is no command" in chat(["/what"], "--server", url, status=1)[1]
+
+
+def test_a_mix_that_the_server_refuses_is_a_plain_error(scripted: tuple[str, ScriptedEngine]) -> None:
+    url, engine = scripted
+    out, errors = chat(["Hi"], "--server", url, "--mix", "nope=1", status=2)
+    assert not out and errors.startswith("error: ") and "unknown atom 'nope'" in errors
+    assert not engine.requests
+
+
+def test_a_server_without_atoms_ends_a_chat_at_a_terminal_with_a_plain_error(tmp_path: Path) -> None:
+    class Plain(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            listed = self.path == "/v1/models"
+            self.send_response(200 if listed else 404)
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "m"}]}' if listed else b"")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Plain) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        arguments = ["-m", "clients.cli", "chat", "--server", f"http://127.0.0.1:{server.server_port}"]
+        child = pexpect.spawn(
+            sys.executable, arguments, env=os.environ | {"XDG_STATE_HOME": str(tmp_path)}, encoding="utf-8"
+        )
+        child.expect(pexpect.EOF)
+        child.close()
+        server.shutdown()
+    assert child.exitstatus == 2 and "error: " in child.before and "Traceback" not in child.before, child.before
+
+
 def test_what_cannot_be_compared_is_said(real_server: str) -> None:
     out, errors = chat(
         ["/mix numbered-list=1e400", "/mix numbered-list=nan", "/compare", "/compare Name a fruit.", "/history", "/quit"],
-        "--server", real_server,
+        "--server", real_server, status=1,
     )  # fmt: skip
     assert not out
     assert errors.count("no finite coefficient") == 2
