@@ -24,6 +24,7 @@ from clients.batch_lines import Defaults, read_lines
 from clients.batch_requests import Asker, generated_tokens
 from clients.batch_results import CustomIds, Results, open_results
 from clients.connection import Connection, check_source, connect, read_source
+from clients.plain_openai import without_environment
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -145,8 +146,8 @@ async def answer_all(config: BatchConfig, results: Results, scan: Scan, connecti
                 outcome.seconds = time.monotonic() - started
                 bar.update(task, advance=1, failed=outcome.failed, rate=outcome.tokens / max(outcome.seconds, 1e-9))
 
-        async with AsyncOpenAI(
-            base_url=connection.url, api_key=connection.key, max_retries=0, timeout=config.timeout
+        async with without_environment(
+            AsyncOpenAI(base_url=connection.url, api_key=connection.key, max_retries=0, timeout=config.timeout)
         ) as client:
             asker = Asker(client, connection.model, config.max_retries)
             try:

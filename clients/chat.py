@@ -21,6 +21,7 @@ from rich.text import Text
 from atoms.errors import AtomsteerError
 from atoms.mix import mix_text, parse_mix
 from clients.connection import Connection, connect
+from clients.plain_openai import without_environment
 from clients.terminal import line_reader
 
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ def _talk(
 ) -> int:
     from openai import AsyncOpenAI
 
-    chat = Chat(AsyncOpenAI(base_url=connection.url, api_key=connection.key), connection.model, sampling, system)
+    client = without_environment(AsyncOpenAI(base_url=connection.url, api_key=connection.key))
+    chat = Chat(client, connection.model, sampling, system)
     try:
         _begin(runner, chat, mix)
         read = line_reader(chat.completions)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from atoms.errors import AtomsteerError, ConfigError, DataError
 from atoms.manifest import AtomCard
 from atoms.package import Package
+from clients.plain_openai import without_environment
 from offline.progress import Progress
 from offline.report import write_report
 
@@ -87,7 +88,7 @@ def describe_atoms(
         raise DataError(f"{package.path} holds no documents to describe atoms by; discover it without --no-documents")
     from openai import OpenAI
 
-    with OpenAI(base_url=_base(server), api_key=key or "none") as client:
+    with without_environment(OpenAI(base_url=_base(server), api_key=key or "none")) as client:
         asked = asking.model or _only_model(client)
         model = one_line(asked)
         cards = package.manifest.atoms

@@ -26,10 +26,15 @@ class ServerAnswerError(AtomsteerError):
 class ServerAPI:
     """The server at `url` (with or without ``/v1``), asked with `key`. Use it as a context manager.
 
-    Raises ConfigError for a key that no header can carry.
+    Raises ConfigError for a key that no header can carry, or that is a list of several.
     """
 
     def __init__(self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        if key and "," in key:
+            raise ConfigError(
+                "the key has a comma: the variables of a server separate several keys so (ATOMSTEER_API_KEY=a,b), and a client "
+                "sends one; give one of them"
+            )
         if key and not all("!" <= character <= "~" for character in key):
             raise ConfigError(
                 "the key has blanks or letters that are not ASCII, which no HTTP header carries; give another"

@@ -52,6 +52,7 @@ class Scripted(BaseHTTPRequestHandler):
         prompt = body["prompt"]
         with self.server.lock:
             self.server.asked.append((time.monotonic(), prompt))
+            self.server.headers.append(str(self.headers))
             tries = sum(prompt == other for _, other in self.server.asked)
         status, headers, *raw = self.server.plan(body, tries)
         usage = {"completion_tokens": 1}
@@ -87,6 +88,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Scripted)
         self.plan, self.lock = plan, threading.Lock()
         self.asked: list[tuple[float, str]] = []
+        self.headers: list[str] = []
         self.version: tuple = (404, b"")
         self.models: tuple = (200, {"data": [{"id": "m", "parent": None}]})
 
@@ -465,7 +467,13 @@ def test_nulls_of_parquet_say_nothing(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_read_and_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     source, kept = write_requests(tmp_path / "in.jsonl", 1), tmp_path / "out.jsonl.run.json"
     with scripted(good) as server:
-        for more in (("--temperature", "nan"), ("--temperature", "-1"), ("--mix", "a=inf"), ("--key", "clé")):
+        for more in (
+            ("--temperature", "nan"),
+            ("--temperature", "-1"),
+            ("--mix", "a=inf"),
+            ("--key", "clé"),
+            ("--key", "a,b"),
+        ):
             done = subprocess.run(command(source, server.url, *more), capture_output=True, text=True)
             assert done.returncode == 2 and "Traceback" not in done.stderr, (more, done.stderr)
         assert not server.asked
@@ -556,6 +564,15 @@ def test_a_scan_counts_what_is_left(tmp_path: Path) -> None:
     source.write_text(source.read_text() + '{"prompt": "more"}\n')
     scan = scan_for_dry_run(config(source))
     assert (scan.lines, scan.answered, scan.invalid) == (6, 5, 0)
+
+
+def test_nothing_of_openais_environment_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Team: secret")
+    source = write_requests(tmp_path / "in.jsonl", 1)
+    with scripted(good) as server:
+        run(source, server.url)
+    assert len(server.headers) == 1 and "secret" not in server.headers[0]
 
 
 def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_piped_conversation_prints_answers_and_obeys_commands(real_server: str
 def scripted(package: Package, wait_for: Callable[..., bool]) -> Iterator[tuple[str, ScriptedEngine]]:
     """The URL of a server in this process, and the engine whose script it recites."""
     engine = ScriptedEngine()
-    app = create_app(package, engine, ServeConfig(package=package.path))
+    app = create_app(package, engine, ServeConfig(package=package.path, api_keys=("right",)))
     with reserve_port("127.0.0.1", 0) as listener:
         running = draining_server(app, engine, Traffic(), 1.0, "ready")
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
@@ -72,18 +72,25 @@ def scripted(package: Package, wait_for: Callable[..., bool]) -> Iterator[tuple[
         thread.join(10)
 
 
+def test_nothing_of_openais_environment_is_sent(
+    scripted: tuple[str, ScriptedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer secret")
+    assert chat(["Hi"], "--server", scripted[0], "--key", "right")[0] == ["one two three"]
+
+
 def test_a_piped_chat_in_which_a_turn_failed_says_so(scripted: tuple[str, ScriptedEngine]) -> None:
     url, engine = scripted
-    assert chat(["Hi"], "--server", url)[0] == ["one two three"]
+    assert chat(["Hi"], "--server", url, "--key", "right")[0] == ["one two three"]
     engine.script = f"one {BREAK} three"
-    out, errors = chat(["Hi", "/history"], "--server", url, status=1)
+    out, errors = chat(["Hi", "/history"], "--server", url, "--key", "right", status=1)
     assert out == ["one"] and "error: " in errors and "user: " not in errors
-    assert "is no command" in chat(["/what"], "--server", url, status=1)[1]
+    assert "is no command" in chat(["/what"], "--server", url, "--key", "right", status=1)[1]
 
 
 def test_a_mix_that_the_server_refuses_is_a_plain_error(scripted: tuple[str, ScriptedEngine]) -> None:
     url, engine = scripted
-    out, errors = chat(["Hi"], "--server", url, "--mix", "nope=1", status=2)
+    out, errors = chat(["Hi"], "--server", url, "--key", "right", "--mix", "nope=1", status=2)
     assert not out and errors.startswith("error: ") and "unknown atom 'nope'" in errors
     assert not engine.requests
 

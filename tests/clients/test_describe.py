@@ -42,7 +42,7 @@ def scripted(
 
         def do_POST(self) -> None:
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            asked[-1]["path"] = self.path
+            asked[-1] |= {"path": self.path, "headers": str(self.headers)}
             given = answers[min(len(asked), len(answers)) - 1]
             if isinstance(given, int):
                 self._send(given, json.dumps({"error": {"message": "no more of this", "type": "refused"}}).encode())
@@ -73,6 +73,14 @@ def scripted(
 
 def describe(package: Package, url: str, again: bool = False, **asking: Any):
     return describe_atoms(package, url, None, Asking(**asking), again=again, progress=QUIET)
+
+
+def test_nothing_of_openais_environment_is_sent(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_ORG_ID", "secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Team: secret")
+    with scripted(["Answers with one word."]) as (url, asked):
+        describe(package, url)
+    assert asked and not any("secret" in request["headers"] for request in asked)
 
 
 def test_a_real_model_describes_every_atom(cli: Cli, named_package: Package, real_server: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx2
 import openai
 import pyarrow.parquet
 import pytest
@@ -17,6 +18,7 @@ from atomsteer_client.steering import wire_form
 
 from atoms.errors import EngineStoppedError
 from atoms.package import Package
+from clients.plain_openai import without_environment
 from server.errors import (
     CollisionError,
     ConflictError,
@@ -333,6 +335,63 @@ async def test_a_server_that_ignores_steering_is_an_error(ignorant_server: str, 
     async with AsyncClient(base_url=ignorant_server) as other:
         with pytest.raises(SteeringIgnoredError):
             await other.chat.completions.create(**ASK, steering=MIX, stream=stream)
+
+
+@pytest.fixture
+def openais_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET", "ADMIN_KEY", "API_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", "secret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Team: secret\nAuthorization: Bearer secret")
+
+
+class _Recorder(httpx2.MockTransport):
+    """Answers every request with nothing, and keeps its headers."""
+
+    def __init__(self) -> None:
+        self.sent: list[httpx2.Headers] = []
+        super().__init__(self._answer)
+
+    def _answer(self, request: httpx2.Request) -> httpx2.Response:
+        self.sent.append(request.headers)
+        return httpx2.Response(200, json={"object": "list", "data": []})
+
+
+@pytest.mark.usefixtures("openais_environment")
+async def test_nothing_of_openais_environment_is_sent_to_another_server() -> None:
+    recorder = _Recorder()
+    given = {"api_key": "mine", "base_url": "http://steering.example/v1", "default_headers": {"X-Own": "kept"}}
+    with Client(**given, http_client=httpx2.Client(transport=recorder)) as client:
+        client.models.list()
+        client.with_options(max_retries=0).models.list()
+        assert (client.organization, client.project, client.webhook_secret, client.admin_api_key) == (None,) * 4
+    async with AsyncClient(**given, http_client=httpx2.AsyncClient(transport=recorder)) as other:
+        await other.models.list()
+        await other.with_options(max_retries=0).models.list()
+    plain = openai.OpenAI(base_url=given["base_url"], api_key="mine", http_client=httpx2.Client(transport=recorder))
+    with without_environment(plain) as client:
+        client.models.list()
+    assert len(recorder.sent) == 5
+    for headers in recorder.sent:
+        assert "secret" not in str(dict(headers)) and headers["authorization"] == "Bearer mine"
+    assert [headers.get("x-own") for headers in recorder.sent] == ["kept"] * 4 + [None]
+
+
+@pytest.mark.usefixtures("openais_environment")
+def test_what_is_given_is_sent() -> None:
+    recorder = _Recorder()
+    with Client(organization="org", project="pro", http_client=httpx2.Client(transport=recorder)) as client:
+        client.models.list()
+    (headers,) = recorder.sent
+    assert (headers["openai-organization"], headers["openai-project"]) == ("org", "pro")
+
+
+def test_a_servers_list_of_keys_is_no_clients_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOMSTEER_API_KEY", "a,b")
+    for make in (Client, AsyncClient, lambda: Client(api_key="a,b")):
+        with pytest.raises(ValueError, match="one of them"):
+            make()
+    with Client(api_key="a") as client:
+        assert client.api_key == "a"
 
 
 def test_openais_key_is_not_sent_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:

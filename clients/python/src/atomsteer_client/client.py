@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -44,12 +44,14 @@ class Client(OpenAI):
     """`openai.OpenAI` for an atomsteer server.
 
     `base_url` and `api_key` default to ``ATOMSTEER_BASE_URL`` (else a server on this machine) and ``ATOMSTEER_API_KEY``;
-    OpenAI's own variables are not read, so that a key of theirs is never sent elsewhere. `options` are OpenAI's. Every
+    of OpenAI's own variables nothing is sent: no key, organization, project or header. `options` are OpenAI's. Every
     call that asks for steering, also through `extra_body`, raises SteeringIgnoredError if the answer shows no sign of it.
+    Raises ValueError for a key with a comma.
     """
 
     def __init__(self, *, base_url: Any = None, api_key: Any = None, **options: Any) -> None:
-        super().__init__(base_url=base_url or _default_url(), api_key=api_key or _default_key(), **options)
+        super().__init__(base_url=base_url or _default_url(), api_key=_one_key(api_key), **options)
+        _keep_given(self, options)
 
     @cached_property
     def chat(self) -> Chat:
@@ -119,7 +121,8 @@ class AsyncClient(AsyncOpenAI):
     """`openai.AsyncOpenAI` for an atomsteer server; as `Client` otherwise."""
 
     def __init__(self, *, base_url: Any = None, api_key: Any = None, **options: Any) -> None:
-        super().__init__(base_url=base_url or _default_url(), api_key=api_key or _default_key(), **options)
+        super().__init__(base_url=base_url or _default_url(), api_key=_one_key(api_key), **options)
+        _keep_given(self, options)
 
     @cached_property
     def chat(self) -> AsyncChat:
@@ -180,9 +183,23 @@ class AsyncClient(AsyncOpenAI):
         return answer
 
 
+def _keep_given(client: OpenAI | AsyncOpenAI, options: Mapping[str, Any]) -> None:
+    """Takes back what OpenAI's constructor has read from ``OPENAI_ORG_ID``, ``OPENAI_CUSTOM_HEADERS`` and the like."""
+    client.organization, client.project = options.get("organization"), options.get("project")
+    client.webhook_secret, client.admin_api_key = options.get("webhook_secret"), options.get("admin_api_key")
+    client._custom_headers = options.get("default_headers") or {}  # no argument keeps the variable out
+
+
 def _default_url() -> str:
     return os.environ.get(URL_VARIABLE) or DEFAULT_URL
 
 
-def _default_key() -> str:
-    return os.environ.get(KEY_VARIABLE) or "none"
+def _one_key(key: Any) -> Any:
+    """`key` (a text, or OpenAI's function that gives one), else the variable's. Raises ValueError for a list of several."""
+    found = key or os.environ.get(KEY_VARIABLE) or "none"
+    if isinstance(found, str) and "," in found:
+        raise ValueError(
+            f"the API key has a comma: a server's {KEY_VARIABLE} separates several keys so, and a client sends one; "
+            "give one of them as api_key"
+        )
+    return found
