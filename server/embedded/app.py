@@ -52,6 +52,11 @@ class Application:
         self.reload = reload
         self.close = versions.close
 
+    @property
+    def died(self) -> bool:
+        """Whether the engine of the version that is served has died; one that ends its last requests may."""
+        return self._versions.current.engine.died
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._outermost(scope, receive, send)
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -168,6 +170,7 @@ class Batcher:
         self.prompt_tokens_total = 0
         self.generation_tokens_total = 0
         self.failed_steps = 0  # in a row, without a good one between
+        self.failed_at = -math.inf  # when the last one did, on the monotonic clock
 
     @property
     def load(self) -> int:
@@ -227,6 +230,7 @@ class Batcher:
         except Exception as error:  # the model failed: out of memory, a kernel, a hook
             _log.exception("a model step failed")
             self.failed_steps += 1
+            self.failed_at = time.monotonic()
             fail(_as_engine_error(error))
         else:
             self.failed_steps = 0

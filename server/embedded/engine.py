@@ -49,6 +49,8 @@ _log = logging.getLogger(__name__)
 _DEFAULT_MAX_MODEL_LEN = 4096
 _SICK_AFTER = 3
 """Model steps failing in a row before the engine calls itself unhealthy."""
+_SICK_SECONDS = 30.0
+"""How long it does after the last of them: nobody sends it the request that would show it well again while it is unhealthy."""
 
 
 class EmbeddedEngine:
@@ -124,8 +126,19 @@ class EmbeddedEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the worker runs and its last model steps did not all fail."""
-        return self._thread.is_alive() and not self._stopped and self._batcher.failed_steps < _SICK_AFTER
+        """Whether the worker runs and its last model steps did not all fail, or the last of them long ago. Then the next step
+        decides."""
+        return self._thread.is_alive() and not self._stopped and not self._sick
+
+    @property
+    def _sick(self) -> bool:
+        batcher = self._batcher
+        return batcher.failed_steps >= _SICK_AFTER and time.monotonic() - batcher.failed_at < _SICK_SECONDS
+
+    @property
+    def died(self) -> bool:
+        """Whether the worker has ended though nobody closed the engine: it answers nothing any more."""
+        return self._failure is not None
 
     @property
     def prompt_tokens_total(self) -> int:

@@ -33,7 +33,14 @@ class ServedEngine(Engine, Protocol):
     """An engine that can say whether it still works, and what it cannot do before it is asked to."""
 
     @property
-    def healthy(self) -> bool: ...
+    def healthy(self) -> bool:
+        """Whether it should be sent requests now."""
+        ...
+
+    @property
+    def died(self) -> bool:
+        """Whether it will never answer again, though nobody closed it."""
+        ...
 
     def drift(self, prompt: Sequence[int], response: Sequence[int], mix: Mix) -> Future[float]:
         """The mean over the response's tokens of KL(unsteered ‖ steered), nats, when there is time. Raises as `stream`."""

@@ -33,6 +33,7 @@ class ScriptedEngine:
     max_waiting: int = 4
     max_model_len: int = 64
     healthy: bool = True
+    died: bool = False
     requests: list[GenerationRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     running: int = 0

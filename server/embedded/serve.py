@@ -5,6 +5,9 @@
 
 SIGHUP serves the package at its path anew, as ``POST /v1/admin/reload`` does.
 
+An engine that dies drains the server as a signal does, and ends the process with status 1, so that whatever restarts
+failed services starts it again.
+
 Draining: `/ready` turns 503 and new generations are refused with 503 and Retry-After, while the socket stays open, so
 that a router sees it. Requests in progress have `shutdown_timeout` seconds; what is left then ends with an error event.
 A second signal ends them at once.
@@ -105,8 +108,11 @@ def engine_options(config: ServeConfig) -> EngineOptions:
     )
 
 
-class Closable(Protocol):
-    """What ends the requests in progress: an engine, or an application of several."""
+class Answering(Protocol):
+    """What answers requests, an engine or an application of several, and ends those in progress when it is closed."""
+
+    @property
+    def died(self) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -115,7 +121,7 @@ Reload = Callable[[], Awaitable[Any]]
 
 
 def draining_server(
-    app: ASGIApp, engine: Closable, traffic: Traffic, timeout: float, greeting: str, reload: Reload | None = None
+    app: ASGIApp, engine: Answering, traffic: Traffic, timeout: float, greeting: str, reload: Reload | None = None
 ) -> DrainingServer:
     """A server of `app`, to be run on a bound socket. Prints `greeting` once requests are accepted; SIGHUP calls `reload`."""
     settings = uvicorn.Config(
@@ -130,12 +136,13 @@ def draining_server(
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that answers a signal by draining, and returns instead of dying of the signal."""
+    """A uvicorn server that answers a signal by draining, and returns instead of dying of the signal. It drains as well when
+    its engine has died, and raises SystemExit then."""
 
     def __init__(
         self,
         config: uvicorn.Config,
-        engine: Closable,
+        engine: Answering,
         traffic: Traffic,
         timeout: float,
         greeting: str,
@@ -147,6 +154,7 @@ class DrainingServer(uvicorn.Server):
         self._timeout = timeout
         self._greeting = greeting
         self._deadline = 0.0
+        self._has_died = False
         self._reload = reload
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -160,13 +168,26 @@ class DrainingServer(uvicorn.Server):
             reload_at_hangup(self._reload)
         _say(self._greeting)
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets)
+        if self._has_died:
+            raise SystemExit("the engine has died, so the server ends; the log above says why")
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain; a second signal ends the wait."""
+        self._drain()
+
+    def _drain(self) -> None:
         now = time.monotonic()
         self._deadline = now if self._traffic.draining else now + self._timeout
         self._traffic.draining = True
 
     async def on_tick(self, counter: int) -> bool:
+        if self._engine.died and not self._has_died:
+            self._has_died = True
+            _log.error("the engine has died: the server ends once other requests in progress have, or their time is up")
+            if not self._traffic.draining:
+                self._drain()
         if self._traffic.draining and (not self._traffic.active or time.monotonic() >= self._deadline):
             _log.info("stopping with %d requests in progress", self._traffic.active)
             await asyncio.to_thread(self._engine.close)  # what is left ends with an error event

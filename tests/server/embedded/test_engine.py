@@ -23,6 +23,7 @@ from atoms.errors import (
 )
 from atoms.mix import Mix
 from atoms.space import LoRAModule, LoRASpace
+from server.embedded import engine as engine_module
 from server.embedded.engine import EmbeddedEngine
 
 MakeEngine = Callable[..., EmbeddedEngine]
@@ -279,6 +280,30 @@ def test_repeated_failures_show_as_unhealthy(tiny: PreTrainedModel, make_engine:
     assert engine.healthy
 
 
+def test_an_engine_without_traffic_gets_well_and_ill_again_at_the_next_failure(
+    tiny: PreTrainedModel, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that is not ready is sent nothing, so nothing could succeed there."""
+    engine = make_engine(tiny)
+
+    def fail(times: int) -> None:
+        with _failing(tiny, lambda _: True, RuntimeError("device lost")):
+            for _ in range(times):
+                with pytest.raises(EngineError, match="device lost"):
+                    engine.generate([_request()])
+
+    fail(3)
+    assert not engine.healthy
+    monkeypatch.setattr(engine_module, "_SICK_SECONDS", 0.2)
+    _wait_until(lambda: engine.healthy)
+    monkeypatch.setattr(engine_module, "_SICK_SECONDS", 60.0)
+    fail(1)
+    assert not engine.healthy, "one failure is enough for an engine that has shown no success since the others"
+    engine.generate([_request()])
+    fail(2)
+    assert engine.healthy, "a success resets the count"
+
+
 def test_a_dead_worker_ends_everything_and_says_so(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny, slots=1)
     with (
@@ -287,8 +312,15 @@ def test_a_dead_worker_ends_everything_and_says_so(tiny: PreTrainedModel, make_e
     ):
         engine.generate([_request(), _request()])
     _wait_until(lambda: not engine.healthy)
+    assert engine.died
     with pytest.raises(EngineStoppedError, match="killed"):
         engine.generate([_request()])
+
+
+def test_a_closed_engine_has_not_died(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny)
+    engine.close()
+    assert not engine.healthy and not engine.died
 
 
 def test_a_closed_event_loop_does_not_hurt_the_worker(tiny: PreTrainedModel, make_engine: MakeEngine) -> None:

@@ -106,6 +106,35 @@ def test_what_outlasts_the_timeout_or_a_second_signal_ends_with_an_error(
     assert not engine.healthy
 
 
+def test_a_server_whose_engine_has_died_ends_with_status_1(package: Package) -> None:
+    """A process that stays, alive and never ready, is restarted by nobody."""
+    dying = PROGRAM.replace("server.run(", "engine.died = True\nserver.run(")
+    command = [sys.executable, "-c", dying, str(package.path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=60)
+    assert done.returncode == 1 and "stopped" not in done.stdout
+    assert "the engine has died" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # the server's SystemExit, on a thread
+def test_what_other_versions_answer_ends_before_a_server_whose_engine_has_died(
+    server: Any, engine: ScriptedEngine
+) -> None:
+    engine.script, engine.delay = " ".join(["word"] * 40), 0.02
+    reader = Reader(server.url)
+    reader.start()
+    assert reader.begun.wait(5)
+    engine.died = True
+    time.sleep(0.2)
+    assert httpx.get(f"{server.url}/ready").status_code == 503
+    assert httpx.post(f"{server.url}/v1/chat/completions", json=CHAT).status_code == 503
+    server.thread.join(10)
+    assert not server.thread.is_alive()
+    reader.join(5)
+    assert reader.text.endswith("data: [DONE]\n\n")
+
+
 def test_an_idle_server_stops_at_once(server: Any) -> None:
     with httpx.Client() as client:  # a kept-alive connection must not hold it up
         assert client.get(f"{server.url}/health").status_code == 200
