@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -38,21 +39,25 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yields a new file that becomes `path` on success and vanishes on failure. Raises StorageError."""
+    """Yields a new file that becomes `path` on success and vanishes on failure. Raises StorageError.
+
+    It has the mode of the file that it replaces, else what the umask leaves. A link at `path` stays one, and what it points
+    to is replaced.
+    """
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _hidden_name(target)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb", opener=_opener(_mode_of(target))) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        _sync_directory(target.parent)
 
 
 def write_json(path: Path, data: object) -> None:
@@ -76,18 +81,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields an empty temporary directory that becomes `path` on success and vanishes on failure.
 
-    An existing `path` is kept and StorageError raised, unless `replace`.
+    An existing `path` is kept and StorageError raised, unless `replace`; its mode is kept then, but that its owner may write.
     """
     if path.exists() and not replace:
         raise StorageError(f"{path} exists already; choose another path, or pass --force to replace it")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = _hidden_name(path)
+        temporary.mkdir()
+        if (mode := _mode_of(path)) is not None:
+            temporary.chmod(mode | stat.S_IRWXU)
     try:
         yield temporary
         with storage_errors(path):
             _sync_tree(temporary)
-            os.chmod(temporary, 0o755)
             _swap_in(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -106,6 +113,33 @@ def canonical_hash(data: object) -> str:
 def recipe_file(folder: Path, kind: str, recipe: object) -> Path:
     """The safetensors file of `folder` that is named after what it is and, hashed, all that decides its content."""
     return folder / f"{kind}-{canonical_hash(recipe)[:16]}.safetensors"
+
+
+def _hidden_name(path: Path) -> Path:
+    """A name beside `path` that nothing has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _mode_of(path: Path) -> int | None:
+    """Who may do what with what lies at `path`; None where nothing does."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return None
+
+
+def _opener(mode: int | None) -> Callable[[str, int], int]:
+    """Opens new files with `mode`, from the first byte on; None: with what the umask leaves, which only the kernel can read
+    without changing it for all threads."""
+
+    def opened(name: str, flags: int) -> int:
+        if mode is None:
+            return os.open(name, flags, 0o666)
+        handle = os.open(name, flags, mode)
+        os.fchmod(handle, mode)  # whatever the umask says
+        return handle
+
+    return opened
 
 
 def _swap_in(temporary: Path, path: Path) -> None:
