@@ -9,16 +9,18 @@ guessed, and would cost a quarter of a second of a core for every request.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import Field, ValidationError
 
 from atoms.errors import ConfigError
-from atoms.storage import write_json
+from atoms.storage import storage_errors, write_json
 from server.limits import Quota
 from server.validation import Strict
 
@@ -83,9 +85,6 @@ def create_key(path: Path, name: str, quota: Quota = Quota(), *, replace: bool =
     """
     if not re.fullmatch(NAME, name):
         raise ConfigError(f"{name!r} is no name for a key; use 1-64 letters, digits, '.', '_' or '-'")
-    entries = read_keys(path) if path.exists() else []
-    if not replace and any(entry.name == name for entry in entries):
-        raise ConfigError(f"key file {path} has a key {name!r}; choose another name, or replace it with --replace")
     key = PREFIX + secrets.token_urlsafe(32)
     entry = KeyEntry(
         name=name,
@@ -95,19 +94,45 @@ def create_key(path: Path, name: str, quota: Quota = Quota(), *, replace: bool =
         tokens_per_minute=quota.tokens_per_minute,
         max_concurrent_requests=quota.max_concurrent_requests,
     )
-    _write(path, [*(known for known in entries if known.name != name), entry])
+    with _alone(path):
+        entries = read_keys(path) if path.exists() else []
+        if not replace and any(known.name == name for known in entries):
+            raise ConfigError(f"key file {path} has a key {name!r}; choose another name, or replace it with --replace")
+        _write(path, [*(known for known in entries if known.name != name), entry])
     return key
 
 
 def delete_key(path: Path, name: str) -> None:
     """Raises ConfigError if the file has no such key, StorageError."""
-    entries = read_keys(path)
-    kept = [entry for entry in entries if entry.name != name]
-    if len(kept) == len(entries):
-        raise ConfigError(
-            f"key file {path} has no key {name[:64]!r}; it has {', '.join(e.name for e in entries) or 'none'}"
-        )
-    _write(path, kept)
+    read_keys(path)  # a file that is not there has no directory to hold
+    with _alone(path):
+        entries = read_keys(path)
+        kept = [entry for entry in entries if entry.name != name]
+        if len(kept) == len(entries):
+            raise ConfigError(
+                f"key file {path} has no key {name[:64]!r}; it has {', '.join(e.name for e in entries) or 'none'}"
+            )
+        _write(path, kept)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds other changes of `path` up, so that none is lost. Raises StorageError.
+
+    Its directory is locked and not the file, in whose place every change puts another one.
+    """
+    import fcntl  # changes are made where there is one; servers that only read need none
+
+    with storage_errors(path):
+        directory = Path(os.path.realpath(path)).parent
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    try:
+        with storage_errors(path):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write(path: Path, entries: Sequence[KeyEntry]) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from clients.cli import app
 from server.auth import ANONYMOUS, AuthMiddleware, KeyRing
 from server.config import ServeConfig
 from server.errors import AuthenticationError
-from server.keys import create_key, delete_key, read_keys
+from server.keys import _alone, create_key, delete_key, hash_key, read_keys
 from server.limits import Quota
 
 
@@ -68,6 +71,29 @@ def test_two_keys_of_one_name_are_refused_unless_one_takes_the_others_place(file
     assert ring.identify(bearer(second)).name == "shop"
     with pytest.raises(AuthenticationError):
         ring.identify(bearer(first))
+
+
+def test_changes_at_the_same_time_lose_no_key(file: Path) -> None:
+    for number in range(8):
+        create_key(file, f"old-{number}")
+    with ThreadPoolExecutor(16) as pool:
+        deleted = [pool.submit(delete_key, file, f"old-{number}") for number in range(8)]
+        keys = list(pool.map(lambda number: create_key(file, f"new-{number}"), range(8)))
+    assert [change.result() for change in deleted] == [None] * 8
+    assert {entry.name for entry in read_keys(file)} == {f"new-{number}" for number in range(8)}
+    assert {entry.sha256 for entry in read_keys(file)} == {hash_key(key) for key in keys}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_another_process_that_changes_the_file_is_waited_for(file: Path) -> None:
+    create_key(file, "first")
+    program = "import sys; from pathlib import Path; from server.keys import create_key; create_key(Path(sys.argv[1]), 'second')"
+    with _alone(file):
+        other = subprocess.Popen([sys.executable, "-c", program, str(file)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(2)
+    assert other.wait(60) == 0
+    assert [entry.name for entry in read_keys(file)] == ["first", "second"]
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "x" * 65, "a\nb", "ü"])
