@@ -13,6 +13,8 @@ import httpx2 as httpx
 from atoms.errors import AtomsteerError, ConfigError
 
 TIMEOUT = 60.0
+PATIENCE = 900.0
+"""Seconds for an answer that the server works out from all that was observed of an experiment, or deletes it."""
 
 
 class ServerAnswerError(AtomsteerError):
@@ -26,7 +28,7 @@ class ServerAnswerError(AtomsteerError):
 class ServerAPI:
     """The server at `url` (with or without ``/v1``), asked with `key`. Use it as a context manager.
 
-    Raises ConfigError for a key that no header can carry, or that is a list of several.
+    Raises ConfigError for a URL that is none, and for a key that no header can carry or that is a list of several.
     """
 
     def __init__(self, url: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
@@ -41,7 +43,12 @@ class ServerAPI:
             )
         base = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.Client(base_url=f"{base}/v1/", headers=headers, timeout=TIMEOUT, transport=transport)
+        try:
+            self._client = httpx.Client(base_url=f"{base}/v1/", headers=headers, transport=transport)
+        except httpx.InvalidURL as error:
+            raise ConfigError(
+                f"{url!r} is no URL of a server ({error}); give one such as http://127.0.0.1:8000"
+            ) from error
         self._url = base
 
     def __enter__(self) -> ServerAPI:
@@ -52,9 +59,14 @@ class ServerAPI:
     ) -> None:
         self._client.close()
 
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None, **query: Any) -> dict[str, Any]:
-        """The JSON object that ``/v1/{path}`` answers with. Raises ServerAnswerError, ConfigError for a NaN in `body`."""
-        answer = self._request(method, path, body, query)
+    def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, seconds: float = TIMEOUT, **query: Any
+    ) -> dict[str, Any]:
+        """The JSON object that ``/v1/{path}`` answers with, within `seconds`.
+
+        Raises ServerAnswerError, ConfigError for a NaN in `body`.
+        """
+        answer = self._request(method, path, body, query, seconds)
         try:
             result = answer.json()
         except ValueError:
@@ -78,13 +90,26 @@ class ServerAPI:
         """Writes the answer's bytes to `out`, whole or not at all. Raises ServerAnswerError, StorageError."""
         from atoms.storage import write_bytes
 
-        write_bytes(out, self._request("GET", path, None, query).content)
+        write_bytes(out, self._request("GET", path, None, query, PATIENCE).content)
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any]) -> httpx.Response:
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, query: dict[str, Any], seconds: float
+    ) -> httpx.Response:
         content = None if body is None else _json(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         try:
-            answer = self._client.request(method, path, content=content, headers=headers, params=query)
+            answer = self._client.request(
+                method,
+                path,
+                content=content,
+                headers=headers,
+                params=query,
+                timeout=httpx.Timeout(TIMEOUT, read=seconds),
+            )
+        except httpx.ReadTimeout as error:
+            raise ServerAnswerError(
+                f"{self._url} did not answer within {seconds:g} s; what it was asked may still be done: look before you ask again"
+            ) from error
         except httpx.HTTPError as error:
             raise ServerAnswerError(
                 f"{self._url} cannot be reached ({error}); start the server, or give another --server"

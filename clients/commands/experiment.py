@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atoms.errors import ConfigError
 from atoms.mix import mix_text
 from clients.options import DEFAULT_SERVER, JSONOption, KeyOption, NameArgument, ServerOption
+
+if TYPE_CHECKING:
+    from clients.server_api import ServerAPI
 
 app = typer.Typer(no_args_is_help=True, help="Run A/B experiments on mixes on a running server.")
 
@@ -67,7 +70,7 @@ def create(
 ) -> None:
     """Create an experiment as a draft."""
     from clients.experiment_spec import arms, guardrails, metrics, read_spec
-    from clients.server_api import ServerAPI, path_part
+    from clients.server_api import ServerAPI
 
     if file is not None:
         _refuse_beside_file(context)
@@ -86,7 +89,7 @@ def create(
     with ServerAPI(server, key) as api:
         experiment = api.call("POST", "experiments", spec)
         if start_now:
-            experiment = api.call("POST", f"experiments/{path_part(name)}/start", {})
+            experiment = _started(api, name)
     _show(experiment, as_json)
 
 
@@ -135,14 +138,14 @@ def report(
 ) -> None:
     """Show what an experiment has found so far. Looking costs nothing: the intervals hold however often one looks."""
     from clients.experiment_tables import guardrail_table, headline, metric_table
-    from clients.server_api import ServerAPI, path_part
+    from clients.server_api import PATIENCE, ServerAPI, path_part
     from clients.tables import print_json, print_table
 
     if looks is not None and html is None and not as_json:
         raise typer.BadParameter("--looks are shown by --html and --json; give one of them")
     looks = (20 if html else 0) if looks is None else looks
     with ServerAPI(server, key) as api:
-        found = api.call("GET", f"experiments/{path_part(name)}/report", looks=looks)
+        found = api.call("GET", f"experiments/{path_part(name)}/report", seconds=PATIENCE, looks=looks)
     if html is not None:
         from atoms.storage import write_bytes
         from clients.experiment_page import render_page
@@ -210,10 +213,10 @@ def promote(
 @app.command("delete")
 def delete(name: NameArgument, server: ServerOption = DEFAULT_SERVER, key: KeyOption = None) -> None:
     """Delete an experiment that does not run, with all that was observed."""
-    from clients.server_api import ServerAPI, path_part
+    from clients.server_api import PATIENCE, ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
-        api.call("DELETE", f"experiments/{path_part(name)}")
+        api.call("DELETE", f"experiments/{path_part(name)}", seconds=PATIENCE)
     print(f"{name} is deleted")
 
 
@@ -225,9 +228,11 @@ def export(
     key: KeyOption = None,
 ) -> None:
     """Write exposures, responses and outcomes as Parquet."""
+    from atoms.storage import storage_errors
     from clients.server_api import ServerAPI, path_part
 
-    out.mkdir(parents=True, exist_ok=True)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     with ServerAPI(server, key) as api:
         for table in ("exposures", "responses", "outcomes"):
             file = out / f"{name}-{table}.parquet"
@@ -242,10 +247,10 @@ def forget(
     key: KeyOption = None,
 ) -> None:
     """Delete all that was observed of a unit, in every experiment."""
-    from clients.server_api import ServerAPI, path_part
+    from clients.server_api import PATIENCE, ServerAPI, path_part
 
     with ServerAPI(server, key) as api:
-        gone = api.call("DELETE", f"units/{path_part(unit)}")
+        gone = api.call("DELETE", f"units/{path_part(unit)}", seconds=PATIENCE)
     print(f"{gone['rows']} records of {unit} are deleted")
 
 
@@ -278,6 +283,19 @@ def plan(
     elif units is not None:
         print(f"{units} units in all ({planned.smallest(units)} in the smallest arm) find a difference of "
               f"{planned.effect(units):.4g} or more with probability {power:g}; use --horizon {units}")  # fmt: skip
+
+
+def _started(api: ServerAPI, name: str) -> dict[str, Any]:
+    """Starts what has just been created. Raises ServerAnswerError, which says what is left."""
+    from clients.server_api import ServerAnswerError, path_part
+
+    try:
+        return api.call("POST", f"experiments/{path_part(name)}/start", {})
+    except ServerAnswerError as error:
+        raise ServerAnswerError(
+            f"{error}; {name!r} is a draft now: start it with `atomsteer experiment start`, or delete it and create it anew",
+            error.status,
+        ) from error
 
 
 def _post(name: str, action: str, body: dict[str, Any], server: str, key: str | None, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from server.context import Traffic
 from server.embedded.app import create_app
 from server.embedded.scripted import ScriptedEngine
 from server.embedded.serve import draining_server, reserve_port
+from server.errors import ConflictError
 from server.experiments.statistics import MIN_UNITS
 from server.state import State
 
@@ -155,6 +156,18 @@ def test_a_spec_from_a_file(cli: Cli, url: str, tmp_path: Path) -> None:
     assert cli("experiment", "create", "tone", "--file", file)[0] == 2
     started = cli("experiment", "start", "tone")
     assert started[0] == 0 and "tone: running" in started[1]
+
+
+def test_a_start_that_fails_says_that_a_draft_is_left(
+    cli: Cli, url: str, sqlite_state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise ConflictError("the draft was replaced meanwhile")
+
+    monkeypatch.setattr(sqlite_state.experiments, "start", start)
+    status, _, error = cli("experiment", "create", "tone", "--arm", "a=", "--arm", "b=list=1", "--start")
+    assert status == 2 and "replaced meanwhile" in error and "'tone' is a draft now" in error
+    assert "tone: draft" in cli("experiment", "status", "tone")[1]
 
 
 def test_a_server_that_is_away_or_another_is_said(cli: Cli, url: str, unused_tcp_port: int) -> None:
