@@ -7,9 +7,10 @@ atomsteer raises on purpose are printed without a traceback, and the exit status
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from clients.commands import (
     database,
@@ -23,8 +24,21 @@ from clients.commands import (
     serving,
 )
 
+
+class Commands(TyperGroup):
+    """Says what Ctrl-C leaves. Typer would turn it into a bare exit before `main` could."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted; what was finished is kept", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
 app = typer.Typer(
     name="atomsteer",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -48,9 +62,6 @@ def main() -> None:
     except AtomsteerError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @app.callback(invoke_without_command=True)

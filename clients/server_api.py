@@ -108,7 +108,7 @@ class ServerAPI:
             )
         except httpx.ReadTimeout as error:
             raise ServerAnswerError(
-                f"{self._url} did not answer within {seconds:g} s; what it was asked may still be done: look before you ask again"
+                f"{self._url} did not answer within {seconds:g} s; what it was asked may still be done, so look first"
             ) from error
         except httpx.HTTPError as error:
             raise ServerAnswerError(

@@ -42,6 +42,14 @@ def test_the_version_is_the_distributions(cli: Cli) -> None:
     assert cli("--version")[:2] == (0, f"atomsteer {version('atomsteer')}\n")
 
 
+def test_ctrl_c_ends_with_a_word_on_what_is_left(cli: Cli, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(path: Path) -> Package:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Package, "read", interrupted)
+    assert cli("inspect", package.path) == (130, "", "interrupted; what was finished is kept\n")
+
+
 def test_inspect_shows_every_atom(cli: Cli, package: Package) -> None:
     status, out, _ = cli("inspect", package.path)
     assert status == 0
