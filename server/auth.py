@@ -8,8 +8,10 @@ gone from its file is refused within a second.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,6 +176,21 @@ def require_admin(request: Request, what: str) -> None:
     """Raises PermissionDeniedError unless the request came with an admin key; `what` is done with one."""
     if not request.state.admin:
         raise PermissionDeniedError(f"{what} with an admin key; send one (the server is given it with --admin-key)")
+
+
+def warn_if_open(config: ServeConfig, host: str, where: str) -> None:
+    """Logs a warning if anybody who reaches `where` may use the server. It listens at `host`, "" being every address."""
+    if not (config.api_keys or config.api_key_file) and not _is_loopback(host):
+        _log.warning("no API key is set: whoever reaches %s may use this server", where)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether `host`, an address or a name, is this machine's own; a name that cannot be resolved may be anybody's."""
+    try:
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)} if host else set()
+    except OSError:
+        return False
+    return bool(addresses) and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
 
 
 def _given_keys(kind: str, keys: Sequence[str], *, admin: bool) -> list[tuple[str, Caller]]:

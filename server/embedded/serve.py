@@ -16,7 +16,6 @@ A second signal ends them at once.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import socket
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import uvicorn
 
 from atoms.errors import ConfigError
+from server.auth import warn_if_open
 from server.config import ServeConfig
 from server.logs import set_up_logging
 
@@ -74,8 +74,7 @@ def serve(config: ServeConfig) -> None:
         stack.callback(app.close)
         manifest = loaded.package.manifest
         name = config.served_model_name or manifest.name
-        if not (config.api_keys or config.api_key_file) and not _is_loopback(listener):
-            _log.warning("no API key is set: whoever reaches %s may use this server", _url(listener))
+        warn_if_open(config, listener.getsockname()[0], _url(listener))
         greeting = f"atomsteer serves {name!r} ({len(manifest.atoms)} atoms) on {_url(listener)}"
         server = draining_server(app, app, traffic, config.shutdown_timeout, greeting, reload=app.reload)
         server.run(sockets=[listener])
@@ -226,10 +225,6 @@ def reserve_port(host: str, port: int) -> socket.socket:
             "with --port"
         ) from error
     return listener
-
-
-def _is_loopback(listener: socket.socket) -> bool:
-    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def _url(listener: socket.socket) -> str:

@@ -23,8 +23,9 @@ from atoms.engine import Phase
 from atoms.errors import AtomsteerError, ConfigError, EngineStoppedError
 from atoms.mix import Mix
 from atoms.package import Package
-from server.auth import AuthMiddleware, KeyRing
+from server.auth import AuthMiddleware, KeyRing, warn_if_open
 from server.body import BodyLimitMiddleware
+from server.config import ServeConfig
 from server.context import EXPOSED_HEADERS, RequestContextMiddleware, Traffic
 from server.errors import ReloadError
 from server.experiments.drift import Answered, DriftSampler
@@ -78,6 +79,7 @@ class SteeringEndpoint:
         database = open_database(url) if (url := config.database_url()) else None
         self._state = State(database, package.manifest.name) if database else None
         set_up_logging(config.log_format, "atomsteer")  # vLLM sets up its own loggers alone
+        _warn_if_open(config, app.state.args)
         self._traffic = Traffic()
         self._stopped = asyncio.Event()
         self._engine: Any = None
@@ -184,6 +186,12 @@ class SteeringEndpoint:
 
     def _is_ready(self) -> bool:
         return self._engine is not None and not self._engine.errored and not self._traffic.draining
+
+
+def _warn_if_open(config: ServeConfig, args: Any) -> None:
+    """By vLLM's options: a Unix socket is for whom its mode says, and a key of vLLM's own guards as well as one of ours."""
+    if not (args.uds or args.api_key or os.environ.get("VLLM_API_KEY")):
+        warn_if_open(config, args.host or "", f"{args.host or 'this machine'} port {args.port}")
 
 
 def steer_engine(

@@ -296,6 +296,15 @@ def test_every_option_that_we_give_is_one_that_vllm_knows(tmp_path) -> None:
     assert set(vllm_options(ServeConfig(package=tmp_path), "base", None)) <= known
 
 
+def test_the_address_and_its_guards_are_options_that_we_look_at() -> None:
+    """Whether to warn of a server that is open to others."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    assert {"host", "port", "uds", "api_key"} <= vars(parsed).keys()
+
+
 def test_compilation_is_turned_off_for_lora_the_way_that_we_undo(upstream) -> None:
     from vllm.platforms.cpu import CpuPlatform
 

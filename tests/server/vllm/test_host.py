@@ -95,6 +95,14 @@ async def completions(request: Request) -> Response:
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
+def options(**changes: Any) -> SimpleNamespace:
+    """vLLM's, as far as we look at them."""
+    grammars = SimpleNamespace(backend="guidance")
+    given = {"model": "base", "served_model_name": None, "structured_outputs_config": grammars, "host": "127.0.0.1",
+             "port": 8000, "uds": None, "api_key": None}  # fmt: skip
+    return SimpleNamespace(**(given | changes))
+
+
 @pytest.fixture
 def path(package: Package, tmp_path: Path) -> Path:
     return Path(shutil.copytree(package.path, tmp_path / "served"))
@@ -136,14 +144,34 @@ async def client(
     app.add_api_route(COMPLETIONS, completions, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", lambda: {"data": "vLLM's"}, methods=["GET"])
     app.add_api_route("/metrics", lambda: Response(generate_latest(registry)), methods=["GET"], response_model=None)
-    grammars = SimpleNamespace(backend="guidance")
-    app.state.args = SimpleNamespace(model="base", served_model_name=None, structured_outputs_config=grammars)
+    app.state.args = options()
     app.state.engine, app.state.models = engine, SimpleNamespace(base_model_paths=[])
     endpoint.attach_router(app)
     app.add_middleware(CORSMiddleware, allow_origins=["https://app.example"], allow_methods=["*"], allow_headers=["*"])
     await endpoint.init_state(engine, SimpleNamespace(openai_serving_models=app.state.models), None)
     async with AsyncClient(transport=ASGITransport(app), base_url="http://test", headers=ADMIN) as client:
         yield client
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "warns"),
+    [({"host": "0.0.0.0"}, "", True), ({"host": None}, "", True), ({"host": "::"}, "", True), ({"host": "no such host"}, "", True),
+     ({}, "", False), ({"host": "localhost"}, "", False), ({"host": "::1"}, "", False), ({"host": "0.0.0.0"}, "client", False),
+     ({"host": None, "uds": "/run/vllm"}, "", False), ({"host": "0.0.0.0", "api_key": ["vllms"]}, "", False)],
+)  # fmt: skip
+def test_a_server_that_is_open_to_others_is_warned_of(
+    path: Path, endpoint: SteeringEndpoint, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    changes: dict, key: str, warns: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("ATOMSTEER_PACKAGE", str(path))
+    monkeypatch.setenv("ATOMSTEER_API_KEY", key)
+    monkeypatch.setenv("ATOMSTEER_DATABASE", "none")
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setattr(host, "REGISTRY", CollectorRegistry())
+    app = FastAPI()
+    app.state.args = options(**changes)
+    endpoint.attach_router(app)
+    assert ("no API key is set: whoever reaches" in capfd.readouterr().err) == warns
 
 
 async def test_what_is_in_flight_ends_on_its_version_and_all_else_is_the_new_ones(

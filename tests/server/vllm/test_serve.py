@@ -14,7 +14,7 @@ from server.config import ServeConfig
 from server.limits import Limits
 from server.vllm import plugin
 from server.vllm.serve import arguments, environment
-from server.vllm.settings import check, read_settings, to_environment
+from server.vllm.settings import FIELDS, check, read_settings, to_environment
 
 
 def test_settings_come_back_as_they_were(config: ServeConfig) -> None:
@@ -54,6 +54,12 @@ def test_without_a_package_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatc
 def test_settings_that_cannot_work_are_named(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_settings({"ATOMSTEER_PACKAGE": "x", "ATOMSTEER_SETTINGS": text})
+
+
+def test_every_setting_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "vllm.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith("| `ATOMSTEER_SETTINGS`"))
+    assert [name for name in FIELDS if f"`{name}`" not in row] == []
 
 
 def test_presets_are_checked_before_a_model_is_loaded(package: Package, config: ServeConfig) -> None:
