@@ -17,7 +17,7 @@ def serve(
     package: PackageOption,
     model: ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to bind; loopback unless you say otherwise.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 chooses a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
     api_key: Annotated[
         list[str] | None,
         typer.Option("--api-key", help="Key for inference; repeat for more. Better: ATOMSTEER_API_KEY."),
@@ -31,13 +31,13 @@ def serve(
     ] = None,
     admin_key_file: Annotated[Path | None, typer.Option(help="The same for admin keys.")] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(help="Generation requests a minute of each key; default: no limit.")
+        int | None, typer.Option(min=1, help="Generation requests a minute of each key; default: no limit.")
     ] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option(help="Prompt and generated tokens a minute of each key; default: no limit.")
+        int | None, typer.Option(min=1, help="Prompt and generated tokens a minute of each key; default: no limit.")
     ] = None,
     max_concurrent_requests: Annotated[
-        int | None, typer.Option(help="Generation requests of each key at once; default: no limit.")
+        int | None, typer.Option(min=1, help="Generation requests of each key at once; default: no limit.")
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Model name in requests; default: the package's name.")
@@ -47,33 +47,33 @@ def serve(
     ] = None,
     default_mix: Annotated[str | None, typer.Option(help="Mix of requests that say nothing of steering.")] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(help="Sequences decoded at once; default: 16, and 256 with vLLM.")
+        int | None, typer.Option(min=1, help="Sequences decoded at once; default: 16, and 256 with vLLM.")
     ] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Context in tokens.")] = None,
-    max_waiting: Annotated[int, typer.Option(help="Sequences that may wait before requests are refused.")] = 256,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Sequences that may wait before requests are refused.")] = 256,
     prefill_tokens_per_step: Annotated[
-        int, typer.Option(help="Prompt tokens read in a step; a quarter of them while answers run.")
+        int, typer.Option(min=1, help="Prompt tokens read in a step; a quarter of them while answers run.")
     ] = 512,
     prefix_cache_tokens: Annotated[
-        int, typer.Option(help="Tokens of prompts kept for others that begin alike; 0: none.")
+        int, typer.Option(min=0, help="Tokens of prompts kept for others that begin alike; 0: none.")
     ] = 4096,
-    max_atoms_per_mix: Annotated[int, typer.Option(help="Most atoms in one mix.")] = 32,
+    max_atoms_per_mix: Annotated[int, typer.Option(min=1, help="Most atoms in one mix.")] = 32,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer in tokens; default: what the context holds.")
+        int | None, typer.Option(min=1, help="Longest answer in tokens; default: what the context holds.")
     ] = None,
-    max_n: Annotated[int, typer.Option(help="Largest n of a request.")] = 16,
-    max_sequences: Annotated[int, typer.Option(help="Most sequences of a request: prompts times n.")] = 64,
-    max_messages: Annotated[int, typer.Option(help="Most messages in one chat.")] = 1024,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body in bytes.")] = 1 << 20,
+    max_n: Annotated[int, typer.Option(min=1, help="Largest n of a request.")] = 16,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Most sequences of a request: prompts times n.")] = 64,
+    max_messages: Annotated[int, typer.Option(min=1, help="Most messages in one chat.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = 1 << 20,
     body_timeout: Annotated[float, typer.Option(help="Seconds within which a body must have arrived.")] = 30.0,
-    max_stop: Annotated[int, typer.Option(help="Most stop strings of a request.")] = 16,
-    max_stop_bytes: Annotated[int, typer.Option(help="Longest stop string in bytes.")] = 1024,
-    max_logprobs: Annotated[int, typer.Option(help="Most log-probabilities a token.")] = 20,
-    max_logit_bias: Annotated[int, typer.Option(help="Most entries of logit_bias.")] = 1024,
+    max_stop: Annotated[int, typer.Option(min=1, help="Most stop strings of a request.")] = 16,
+    max_stop_bytes: Annotated[int, typer.Option(min=1, help="Longest stop string in bytes.")] = 1024,
+    max_logprobs: Annotated[int, typer.Option(min=1, help="Most log-probabilities a token.")] = 20,
+    max_logit_bias: Annotated[int, typer.Option(min=1, help="Most entries of logit_bias.")] = 1024,
     max_grammar_bytes: Annotated[
-        int, typer.Option(help="Longest JSON schema, regular expression or list of choices in bytes.")
+        int, typer.Option(min=1, help="Longest JSON schema, regular expression or list of choices in bytes.")
     ] = 1 << 16,
-    max_tools: Annotated[int, typer.Option(help="Most tools of a request.")] = 128,
+    max_tools: Annotated[int, typer.Option(min=1, help="Most tools of a request.")] = 128,
     no_training_text: Annotated[
         bool, typer.Option("--no-training-text", help="Hide training documents from admin keys too.")
     ] = False,
@@ -88,12 +88,17 @@ def serve(
         ),
     ] = None,
     measured_kl_share: Annotated[
-        float, typer.Option(help="Share of each arm's responses whose KL is measured in the background; 0: none.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of each arm's responses whose KL is measured in the background; 0: none."
+        ),
     ] = 0.01,
     measured_kl_tokens: Annotated[
-        int, typer.Option(help="Most tokens a minute that measuring may read: twice prompt and answer.")
+        int, typer.Option(min=1, help="Most tokens a minute that measuring may read: twice prompt and answer.")
     ] = 20_000,
-    shutdown_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get after SIGTERM.")] = 30.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests in flight get after SIGTERM.")
+    ] = 30.0,
     access_log: Annotated[
         bool, typer.Option("--access-log/--no-access-log", help="One line a request, without the prompt.")
     ] = True,

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from atoms.adapter import read_adapter
 from atoms.mix import Mix
 from atoms.package import Package
-from clients.commands import discovery
+from clients.commands import discovery, serving
 from offline.config import DiscoverConfig
 from offline.evaluation.answers import Decoding
 from offline.evaluation.config import EvaluateConfig
@@ -171,6 +172,22 @@ def test_an_option_that_would_change_nothing_is_refused(cli: Cli, package: Packa
     flag = next(part for part in reversed(line.split()) if part.startswith("--"))
     assert (status, out) == (2, "")
     assert f"{flag} would change nothing: " in re.sub(r"[\s│]+", " ", err)
+
+
+NUMBERS_OF_SERVE = [
+    "--" + name.replace("_", "-")
+    for name, kind in get_type_hints(serving.serve).items()
+    if kind in (int, float, int | None)
+]
+
+
+@pytest.mark.parametrize("option", NUMBERS_OF_SERVE)
+def test_a_number_that_a_server_cannot_have_is_refused_by_the_option_that_was_typed(
+    cli: Cli, package: Package, option: str
+) -> None:
+    """And not by the name of a setting, such as `slots` for --max-num-seqs."""
+    status, _, err = cli("serve", "--package", package.path, option, "-1")
+    assert status == 2 and option.removeprefix("--") in err.replace("_", "-"), err
 
 
 def test_what_discover_is_not_told_is_the_configurations_default(
