@@ -64,6 +64,11 @@ class SteeringMetrics:
             "atomsteer_refused_keys", "Requests with a wrong key, or without one", registry=registry
         )
         self._reloads = Counter("atomsteer_reloads", "Reloads of the package", ("result",), registry=registry)
+        for result in (
+            "done",
+            "failed",
+        ):  # there from the start: what appears with a 1 has not increased for Prometheus
+            self._reloads.labels(result)
 
     def key_refused(self) -> None:
         """A request was answered 401."""
