@@ -73,10 +73,14 @@ class Codes:
         start, end = self.starts[atom : atom + 2].tolist()
         return self.places[start:end], self.values[start:end]
 
+    def sign(self, atom: int) -> int:
+        """1 or −1: the sign of the codes of `atom` that carries more weight; 1 where codes are not signed."""
+        return 1 if self.of(atom)[1].sum() >= 0 else -1
+
     def strongest(self, atom: int, count: int) -> list[int]:
         """At most `count` of the documents that use `atom`, largest codes first, of the sign that carries more weight."""
         places, values = self.of(atom)
-        towards = values * (1 if values.sum() >= 0 else -1)
+        towards = values * self.sign(atom)
         order = torch.argsort(towards, descending=True, stable=True)[: min(count, int((towards > 0).sum()))]
         return self.documents[places[order]].tolist()
 

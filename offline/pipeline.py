@@ -116,10 +116,12 @@ class Learned:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen candidates, the documents that each is steered towards (row numbers, by dictionary atom), every dictionary
-    atom's stability across seeds, (K,), how sparse the codes are, and the fewest documents of a candidate."""
+    """The chosen candidates, the sign of the codes that carries more weight and the documents of it that each is steered
+    towards (row numbers), both by dictionary atom, every dictionary atom's stability across seeds, (K,), how sparse the codes
+    are, and the fewest documents of a candidate."""
 
     chosen: list[Candidate]
+    signs: dict[int, int]
     documents: dict[int, list[int]]
     stabilities: Tensor
     sparsity: Sparsity
@@ -286,7 +288,8 @@ class Run:
                 f"{len(self.corpus.documents)}), or lower --min-documents ({least}) or --alpha"
             )
         documents = {c.atom: codes.strongest(c.atom, config.steering.documents) for c in chosen}
-        return Selection(chosen, documents, stabilities, Sparsity.of(codes), least)
+        signs = {c.atom: codes.sign(c.atom) for c in chosen}
+        return Selection(chosen, signs, documents, stabilities, Sparsity.of(codes), least)
 
     def directions(
         self, adapter: Adapter, projection: Projection, store: RowStore, learned: Learned, selection: Selection
@@ -329,9 +332,7 @@ class Run:
         )  # fmt: skip
         if not (folder / "drift.safetensors").exists():
             meter = self.meter(adapter, folder)
-            self._calibrate_pending(
-                meter, folder, projection, store, learned.dictionary.atoms, selection.chosen, directions
-            )
+            self._calibrate_pending(meter, folder, projection, store, learned.dictionary.atoms, selection, directions)
             self._measure_drift(meter, folder, selection.chosen)
             meter.close()
         discovered = []
@@ -347,11 +348,11 @@ class Run:
 
     def _calibrate_pending(
         self, meter: DriftMeter, folder: Path, projection: Projection, store: RowStore, atoms: Tensor,
-        chosen: Sequence[Candidate], directions: Mapping[int, Direction],
+        selection: Selection, directions: Mapping[int, Direction],
     ) -> None:  # fmt: skip
-        config = self.config
+        config, chosen = self.config, selection.chosen
         pending = [candidate for candidate in chosen if not _atom_file(folder, candidate).exists()]
-        held_out = self._held_out_of([candidate.atom for candidate in pending], store, atoms)
+        held_out = self._held_out_of({c.atom: selection.signs[c.atom] for c in pending}, store, atoms)
         with self.progress.task("calibrate", len(chosen), "atoms", len(chosen) - len(pending)) as bar:
             for candidate in pending:
                 calibrated = calibrate_atom(meter, projection, directions[candidate.atom], config.calibrate)
@@ -442,17 +443,20 @@ class Run:
         batches = make_batches(documents, self.config.batch_tokens, self.device)
         return DriftMeter(SteeredModel(model, adapter.space, 1), adapter, config.composition, batches)
 
-    def _held_out_of(self, chosen: Sequence[int], store: RowStore, atoms: Tensor) -> dict[int, list[EncodedDocument]]:
-        """The held-out documents of each of the `chosen` atoms: largest codes first, then largest positive cosines."""
+    def _held_out_of(
+        self, signs: Mapping[int, int], store: RowStore, atoms: Tensor
+    ) -> dict[int, list[EncodedDocument]]:
+        """The held-out documents on the side `signs` of each atom: largest codes first, then largest cosines above 0."""
         codes = encode(store, self.held_out, atoms, self.config.dictionary)
-        cosine = torch.empty(len(codes.documents), len(chosen))
+        cosine = torch.empty(len(codes.documents), len(signs))
+        sides = torch.tensor(list(signs.values()), dtype=torch.float32)
         for numbers, rows in store.whitened_batches(self.held_out):
-            cosine[torch.searchsorted(codes.documents, numbers)] = rows @ atoms[list(chosen)].T
+            cosine[torch.searchsorted(codes.documents, numbers)] = sides * (rows @ atoms[list(signs)].T)
         found = {}
-        for column, atom in enumerate(chosen):
+        for column, (atom, sign) in enumerate(signs.items()):
             places, values = codes.of(atom)
             score = 1e-3 * cosine[:, column]
-            score[places] += values.abs()
+            score[places] += sign * values
             order = torch.argsort(score, descending=True, stable=True)[: self.config.calibrate.orientation_documents]
             found[atom] = [self.encoded.documents[int(codes.documents[i])] for i in order if cosine[i, column] > 0]
         return found
