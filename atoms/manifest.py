@@ -16,6 +16,8 @@ from atoms.engine import decoding_name
 from atoms.storage import canonical_hash
 
 FORMAT_VERSION: Literal[1] = 1
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""Of a package's name and version."""
 UNIT_NATS = 0.05
 """KL(unsteered ‖ steered) in nats a token, averaged over ±1, that defines coefficient 1."""
 
@@ -177,8 +179,8 @@ class Manifest(_Frozen):
     """`manifest.json`. `files` maps every other file of the package to its sha256, but for report.html (see Package)."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
+    version: str = Field(pattern=NAME_PATTERN)
     base_model: BaseModelRef
     adapter_hash: str = Field(description="hash of θ0, the base adapter")
     conventions: Conventions

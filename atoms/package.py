@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from atoms.adapter import (
+    CONFIG_FILE,
     Adapter,
     AtomBank,
     Composition,
@@ -43,6 +44,7 @@ from atoms.adapter import (
 from atoms.drift import DriftModel
 from atoms.errors import (
     CoefficientError,
+    ConfigError,
     MixError,
     PackageCorruptError,
     PackageError,
@@ -52,7 +54,7 @@ from atoms.errors import (
 from atoms.manifest import FORMAT_VERSION, AtomCard, Manifest
 from atoms.mix import Mix
 from atoms.space import Direction
-from atoms.storage import new_directory, sha256_file, write_bytes, write_json, write_tensors
+from atoms.storage import new_directory, refuse_to_replace, sha256_file, write_bytes, write_json, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,7 +202,7 @@ class Package:
             raise PackageCorruptError(
                 f"{file} is not the one of version {self.manifest.version} of the package; restore it"
             )
-        return [json.loads(line) for line in data.decode().splitlines()]
+        return [json.loads(line) for line in data.splitlines()]  # of bytes: text has further ends of line, as U+2028
 
     def relabel(self, atom: str, alias: str | None) -> Package:
         """Gives an atom another alias (None removes it) and returns the package as it is now.
@@ -214,11 +216,11 @@ class Package:
         return now.edit(target.id, alias=alias)
 
     def edit(self, atom: str, **fields: object) -> Package:
-        """Sets fields of one card in the manifest as it lies on disk by now, so that what others wrote meanwhile is kept, and
-        returns the package as it is now. Raises UnknownAtomError, PackageCorruptError, PackageError if it was replaced."""
-        target, now = self.card(atom).id, self._as_it_lies()
-        return now.update([AtomCard.model_validate(card.model_dump() | fields) if card.id == target else card
-                           for card in now.manifest.atoms])  # fmt: skip
+        """Sets fields of one card; see `update`. Further raises UnknownAtomError."""
+        target = self.card(atom).id
+        return self.update(lambda cards: [
+            AtomCard.model_validate(card.model_dump() | fields) if card.id == target else card for card in cards
+        ])  # fmt: skip
 
     def _as_it_lies(self) -> Package:
         """The package with the manifest that is on disk by now. Raises PackageCorruptError, PackageError if it was replaced."""
@@ -227,16 +229,21 @@ class Package:
             raise PackageError(f"{self.path} was replaced by another version meanwhile; run the command again")
         return Package(self.path, current)
 
-    def update(self, cards: list[AtomCard]) -> Package:
-        """Rewrites the manifest with new cards (labels, measured effects), atomically. Tensors are untouched."""
-        manifest = self.manifest.model_copy(update={"atoms": cards}).sealed()
+    def update(self, change: Callable[[Sequence[AtomCard]], list[AtomCard]]) -> Package:
+        """Rewrites the manifest with what `change` makes of the cards as they lie on disk by now (labels, measured effects),
+        atomically, and returns the package as it is then. Tensors are untouched.
+
+        Raises PackageCorruptError, PackageError if another version of the package lies there by now.
+        """
+        now = self._as_it_lies()
+        manifest = now.manifest.model_copy(update={"atoms": change(now.manifest.atoms)}).sealed()
         write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
         return Package(self.path, manifest)
 
     def export(self, mix: Mix, out: Path, *, onto: str = "raw", replace: bool = False) -> None:
         """Writes `mix` as one PEFT adapter, relative to the raw base (``raw``) or to the base with θ0 merged (``merged``).
 
-        Raises MixError for an empty mix on merged θ0 (nothing to export), StorageError.
+        Raises MixError for an empty mix on merged θ0 (nothing to export), StorageError, ConfigError for a path in the package.
         """
         base, direction = self.base_adapter, self.bank.direction(mix) if mix else None
         if direction is None and onto == "merged":
@@ -247,6 +254,9 @@ class Package:
             delta = compose(base, direction, self.composition)
         else:
             delta = compose_on_raw_base(base, direction, self.composition)
+        refuse_inside(self.path, out)
+        if replace:
+            refuse_to_replace(out, CONFIG_FILE)
         with new_directory(out, replace=replace) as directory:
             write_adapter(directory, delta, base.targets, self.manifest.base_model.id)
 
@@ -285,6 +295,8 @@ class PackageContents:
 def write_package(path: Path, contents: PackageContents, *, replace: bool = False) -> Package:
     """Writes a package to a temporary directory, syncs it, renames it to `path`. Raises StorageError."""
     targets, model_id = contents.base.targets, contents.manifest.base_model.id
+    if replace:
+        refuse_to_replace(path, MANIFEST)
     with new_directory(path, replace=replace) as directory:
         write_adapter(directory / "base", adapter_delta(contents.base), targets, model_id)
         for atom, direction in contents.directions.items():
@@ -321,6 +333,15 @@ def _read_manifest(path: Path) -> Manifest:
         twice = next(name for name in names if names.count(name) > 1)
         raise PackageCorruptError(f"{file} names two atoms {twice!r}; give one of them another alias there")
     return manifest
+
+
+def refuse_inside(package: Path, out: Path) -> None:
+    """Raises ConfigError if `out` is the package or lies in it, but for its report: a package holds what its manifest lists."""
+    inside = out.resolve().is_relative_to(package.resolve())
+    if inside and out.resolve() != (package / REPORT).resolve():
+        raise ConfigError(
+            f"{out} lies in the package {package}, which would be refused as damaged then; choose a path outside of it"
+        )
 
 
 def _verify_files(path: Path, manifest: Manifest) -> None:

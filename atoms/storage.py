@@ -100,6 +100,16 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_to_replace(path: Path, mark: str) -> None:
+    """Raises StorageError if something lies at `path` that is no directory with the file `mark`, nor an empty one: it is
+    something else than what is to be written, and would be lost."""
+    if path.exists() and not (path.is_dir() and ((path / mark).is_file() or not any(path.iterdir()))):
+        raise StorageError(
+            f"{path} holds no {mark}, so it is not an earlier result, which is all that --force replaces; choose another path, "
+            "or remove it yourself"
+        )
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from atoms.errors import ConfigError, DataError
-from atoms.package import Package
+from atoms.package import Package, refuse_inside
 from atoms.storage import write_bytes, write_json
 from clients.harness import open_harness
 from clients.tables import WIDE, print_table
@@ -50,6 +50,7 @@ def run_evaluate(
     package, progress = Package.read(path), Progress(quiet=quiet)
     prompts = prompts or shipped_file("evaluation_prompts")
     work = out or path.with_name(path.name + ".evaluation")
+    refuse_inside(path, work)
     documents = _document_controls(package, config, prompts, groups, work, options, progress) if groups else None
     with open_harness(package, work, decoding, options) as harness:
         evaluation = evaluate(harness, prompts, config, work, progress, documents)
@@ -63,7 +64,7 @@ def run_evaluate(
             if figure is not None:
                 figures.save(figure, work / name)
     if write_cards:
-        write_report(package.update(cards_with_effects(package.manifest.atoms, evaluation)))
+        write_report(package.update(lambda cards: cards_with_effects(cards, evaluation)))
     print_table(evaluation_table(evaluation), WIDE)
     _print_end(evaluation, work, path if write_cards else None)
     return evaluation
@@ -124,11 +125,11 @@ def _document_controls(
 ) -> DocumentControls:  # fmt: skip
     """Directions for every behaviour that is evaluated, kept in `work`. The unmerged model is loaded for them, and dropped
     again."""
-    rows = read_prompts(prompts)
-    if unknown := set(groups.labels) - {row.behaviour for row in rows}:
-        known = ", ".join(sorted({row.behaviour for row in rows}))
-        raise ConfigError(f"--label names {', '.join(sorted(unknown))}, but the prompts are of {known}")
-    behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(rows, config))
+    behaviours = dict.fromkeys(goal.behaviour for goal in goals_of(read_prompts(prompts), config))
+    if unknown := groups.labels.keys() - behaviours:
+        raise ConfigError(
+            f"--label names {', '.join(sorted(unknown))}, but what is evaluated is {', '.join(behaviours)}; leave it out"
+        )
     labels = {behaviour: groups.labels.get(behaviour, behaviour) for behaviour in behaviours}
     if not groups.data.is_file():
         raise DataError(f"{groups.data} does not exist or is no file; give the labelled documents with --data")

@@ -9,7 +9,7 @@ from pathlib import Path
 from atoms.errors import DataError
 from atoms.package import Package
 from offline.evaluation.answers import Answerer, Decoding
-from offline.evaluation.cards import measure_cards, name_by_effect
+from offline.evaluation.cards import cards_with_measured, measure_atoms
 from offline.evaluation.prompts import read_prompts
 from offline.progress import Progress
 from offline.report import write_report
@@ -33,10 +33,10 @@ def label_from_detectors(
         total = len(prompts) * (1 + len(package.manifest.atoms) * len(coefficients))
         with progress.task("measure effects", total, "answers") as bar:
             answerer = Answerer(engine, package.digest, Decoding(max_tokens))
-            cards = measure_cards(package, answerer, prompts, coefficients, bar.advance)
+            measured = measure_atoms(package, answerer, prompts, coefficients, bar.advance)
     finally:
         engine.close()
-    named = package.update(name_by_effect(cards))
+    named = package.update(lambda cards: cards_with_measured(cards, measured))
     write_report(named)
     return named
 

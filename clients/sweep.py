@@ -10,7 +10,7 @@ from rich.table import Table
 from atoms.detectors import DETECTORS, get_detector
 from atoms.errors import ConfigError
 from atoms.mix import Mix, parse_mix
-from atoms.package import Package
+from atoms.package import Package, refuse_inside
 from atoms.storage import write_bytes
 from clients.harness import open_harness
 from clients.tables import WIDE, print_table
@@ -44,6 +44,7 @@ def run_sweep(
             package.check_range(mix)
     names = [get_detector(name).name for name in detectors] or list(DETECTORS)
     work = out or path.with_name(path.name + ".sweep")
+    refuse_inside(path, work)
     with open_harness(package, work, decoding, options) as harness:
         rows = sweep(harness, prompts, chosen, names, kl_prompts, Progress(quiet=quiet))
     flat = table_rows(rows, decoding)
@@ -83,7 +84,7 @@ def sweep_prompts(
 ) -> list[str]:
     """Prompts of an evaluation file (default: the shipped one) that fit, or the lines of a text file.
 
-    Raises DataError, and ConfigError if filters are given for a text file.
+    Raises DataError, and ConfigError if filters are given for a text file, or leave nothing.
     """
     if texts is not None:
         if file or behaviours or kind:
@@ -93,6 +94,10 @@ def sweep_prompts(
         row for row in read_prompts(file or shipped_file("evaluation_prompts"))
         if (not behaviours or row.behaviour in behaviours) and kind in (None, row.kind) and split in (None, row.split)
     ]  # fmt: skip
+    if not rows:
+        raise ConfigError(
+            "no prompt fits; choose other --behaviours, --kind (neutral, inviting) or --split (dev, heldout)"
+        )
     return [row.prompt for row in rows][:limit]
 
 

@@ -75,9 +75,9 @@ class Attribution:
 class Attributor:
     """The model with θ0 on it and the package's projection, ready for documents. A context manager; not thread-safe.
 
-    `model` is the unmerged base model; `close()` takes θ0 off it again. `max_length` None is the one of the discovery.
-    Raises WrongBaseError for another model, PackageError for a package whose projection cannot be used, ConfigError for a
-    `max_length` beyond the model's context.
+    `model` is the unmerged base model; `close()` takes θ0 off it again. `max_length` None is the one of the discovery, or the
+    model's context if that is shorter. Raises WrongBaseError for another model, PackageError for a package whose projection
+    cannot be used, ConfigError for a `max_length` beyond the model's context.
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class Attributor:
     ) -> None:  # fmt: skip
         package.check_base(model)
         settings = recorded_settings(package)
-        self.max_length = max_length or settings["max_length"]
-        if self.max_length > context_length(model):
+        context = context_length(model)
+        self.max_length = max_length or min(settings["max_length"], context)
+        if self.max_length > context:
             raise ConfigError(
-                f"max_length is {self.max_length}; the model's context has {context_length(model)} tokens: choose at most that"
+                f"max_length is {self.max_length}; the model's context has {context} tokens: choose at most that"
             )
         self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
         self.alpha, self.nonnegative = settings["dictionary"]["alpha"], settings["dictionary"]["nonnegative"]

@@ -85,7 +85,7 @@ def _manifest(discovery: Discovery, cards: list[AtomCard]) -> Manifest:
         "duality_gap": discovery.dictionary.duality_gap,
     }
     return Manifest(
-        name=config.name or config.out.name,
+        name=config.package_name,
         version=config.version,
         base_model=discovery.base,
         adapter_hash=discovery.adapter.content_hash(),

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,10 @@ from offline.gradients import label_logits, mean_losses
 from offline.progress import Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SCALE_TOLERANCE = 0.05
-_MAX_SCALE_TRIALS = 5
+_MAX_SCALE_TRIALS = 8
 _CROSS_MATRIX = 6.0
 """KL over its block-diagonal estimate, which leaves the terms between matrices out: 4-18 on SmolLM2-135M, median 6.
 Only the first guess depends on it; the scale is set by what is then measured."""
@@ -103,7 +104,7 @@ class DriftMeter:
             change -= (p * change).sum(1, keepdim=True)
             row.copy_(change * p.sqrt())
         flat = changes.flatten(1)  # (J, n·V)
-        return (flat @ flat.T).double()
+        return (flat @ flat.T).cpu().double()  # sums are kept on the CPU: not every device has float64
 
     def delta(self, direction: Direction, coefficient: float) -> Delta:
         return compose(self.base, {key: value * coefficient for key, value in direction.items()}, self.composition)
@@ -133,7 +134,7 @@ class DriftMeter:
 def calibrate_atom(
     meter: DriftMeter, projection: Projection, direction: Direction, config: CalibrateConfig
 ) -> Calibrated:
-    """Scales `direction` until the KL at ±1 averages 0.05 nats within 5%, or five trials are over.
+    """Scales `direction` until the KL at ±1 averages 0.05 nats within 5%, or eight trials are over; the curve says what it is.
 
     Starts from the block-diagonal Fisher on the kept components times what such an estimate usually leaves out.
     """
@@ -236,20 +237,33 @@ def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, seed: int
 ) -> list[EncodedDocument]:
     """The unsteered model's own sampled continuations (temperature 1) of `prompts`, as documents with them as responses."""
+    from transformers import GenerationConfig
+
     stops = stop_token_ids(model, tokenizer)
+    plain = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens,
+                             eos_token_id=sorted(stops) or None, pad_token_id=next(iter(stops), 0))  # fmt: skip
     documents = []
-    for row, prompt in enumerate(prompts):
-        ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
-        torch.manual_seed(seed * 1_000_003 + row)
-        with torch.inference_mode():
-            output = model.generate(  # type: ignore[operator]
-                torch.tensor([ids], device=model.device), attention_mask=torch.ones(1, len(ids), device=model.device),
-                do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=tokens, pad_token_id=next(iter(stops), 0),
-            )  # fmt: skip
-        response = output[0, len(ids) :].tolist()
-        end = next((i + 1 for i, token in enumerate(response) if token in stops), len(response))
-        documents.append(EncodedDocument(row, tuple(ids), tuple(response[:end])))
+    with _generation_config(model, plain):
+        for row, prompt in enumerate(prompts):
+            ids = encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
+            torch.manual_seed(seed * 1_000_003 + row)
+            inputs = torch.tensor([ids], device=model.device)
+            with torch.inference_mode():
+                output = model.generate(inputs, attention_mask=torch.ones_like(inputs))  # type: ignore[operator]
+            response = output[0, len(ids) :].tolist()
+            end = next((i + 1 for i, token in enumerate(response) if token in stops), len(response))
+            documents.append(EncodedDocument(row, tuple(ids), tuple(response[:end])))
     return documents
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """`config` in place of the model's own, whose penalties and cuts `generate` takes over whatever it is given."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def within_logits(batches: Sequence[Batch], model: Any) -> list[Batch]:
@@ -265,7 +279,7 @@ def within_logits(batches: Sequence[Batch], model: Any) -> list[Batch]:
 def kl_sum(base: Tensor, moved: Tensor) -> float:
     """KL(base ‖ moved) summed over rows of log-probabilities (n, V), nats; a few rows at a time: V numbers a row are many."""
     rows = zip(base.split(_KL_ROWS), moved.split(_KL_ROWS), strict=True)
-    return sum(float((ours.exp() * (ours - theirs)).sum().double()) for ours, theirs in rows)
+    return sum(float((ours.exp() * (ours - theirs)).sum()) for ours, theirs in rows)
 
 
 def _orientation(documents: Sequence[EncodedDocument], unsteered: float, steered: float) -> Orientation:

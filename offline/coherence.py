@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _NULL_SETS = 64
+_LEAST_DEVIATION = 1e-6
 _POOL_BLOCK = 128
 """Vectors of random sets that are read at once: what their sums need does not grow with the corpus."""
 _LENGTH_BINS = 8
@@ -71,4 +72,7 @@ def coherence_z(
     sizes = membership.sum(1)
     values = (summed.square().sum(1) - squares) / (sizes * (sizes - 1))
     mean, deviation = float(values.mean()), float(values.std())
-    return value, (value - mean) / max(deviation, 1e-9), (mean, deviation)
+    z = (
+        (value - mean) / deviation if deviation > _LEAST_DEVIATION else 0.0
+    )  # of sets that are all the same, rounding is left
+    return value, z, (mean, deviation)

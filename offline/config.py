@@ -5,12 +5,15 @@ Each stage gets its own part, and a stage's results are reused when its part and
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from atoms.adapter import Composition
 from atoms.errors import ConfigError
+from atoms.manifest import NAME_PATTERN
 from offline.shipped import read_neutral_prompts
 
 PASS_TOKENS = 512
@@ -32,6 +35,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(0 < self.alpha < math.inf, "lora_alpha", self.alpha, "above 0, or no step would move the model")
         require(bool(self.target_modules), "target_modules", self.target_modules, "at least one module name")
         require(0 < self.epochs <= 100, "epochs", self.epochs, "above 0 and at most 100")
         require(0 < self.learning_rate <= 1, "learning_rate", self.learning_rate, "above 0 and at most 1")
@@ -163,7 +167,8 @@ class CalibrateConfig:
         most = len(read_neutral_prompts())
         require(1 <= self.prompts <= most, "prompts", self.prompts, f"1 to {most}, the neutral prompts that there are")
         require(self.continuation_tokens >= 1, "continuation_tokens", self.continuation_tokens, "at least 1")
-        require({-1.0, 1.0} <= set(self.coefficients), "coefficients", self.coefficients, "a list with -1 and 1")
+        require({-1.0, 1.0} <= set(self.coefficients) and all(map(math.isfinite, self.coefficients)), "coefficients",
+                self.coefficients, "a list of finite numbers with -1 and 1")  # fmt: skip
 
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -228,6 +233,14 @@ class DiscoverConfig:
         require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
         require(self.batch_tokens >= 64, "batch_tokens", self.batch_tokens, "at least 64")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")
+        for what, text in (("name" if self.name else "the package's name, from --out,", self.package_name),
+                           ("version", self.version)):  # fmt: skip
+            require(bool(re.fullmatch(NAME_PATTERN, text)), what, text,
+                    "1-64 letters, digits, '.', '_' or '-', starting with a letter or digit")  # fmt: skip
+
+    @property
+    def package_name(self) -> str:
+        return self.name or self.out.name
 
     @property
     def pass_tokens(self) -> int:

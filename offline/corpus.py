@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,15 @@ class EncodedCorpus:
     def tokens(self) -> int:
         return sum(len(document) for document in self.documents)
 
+    @property
+    def token_hash(self) -> str:
+        """sha256 hex of all token ids: the texts are not all that decides them, but tokenizer and chat template, too."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            for ids in (document.prompt_ids, document.response_ids):
+                digest.update(array("q", (len(ids), *ids)).tobytes())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -121,7 +131,10 @@ def read_corpus(path: Path, *, skip_bad_lines: bool = False, limit: int | None =
             documents.append(parse_document(row, len(documents), number))
         except DataError as error:
             if not skip_bad_lines:
-                raise DataError(f"{path}, line {number}: {error}; mend the line or pass --skip-bad-lines") from None
+                raise DataError(
+                    f"{path}, line {number}: {error}; mend it, or let `discover` leave such lines out with "
+                    "--skip-bad-lines"
+                ) from None
             skipped += 1
     if not documents:
         raise DataError(
@@ -152,11 +165,16 @@ def encode_document(
     """The document's tokens, and how many of its prompt were cut. Raises as `encode_corpus` does."""
     prompt = encode_prompt(tokenizer, document.messages[:-1])
     response = tokenizer(render_response(tokenizer, document.messages), add_special_tokens=False)["input_ids"]
+    if not prompt or not response:
+        raise DataError(
+            f"document {document.id!r} has a {'response' if prompt else 'prompt'} of no tokens under the model's chat "
+            "template; a loss needs a token to predict and one before it: give it text"
+        )
     room = max_length - len(response)
     if room < 1:
         raise DataError(
             f"document {document.id!r} has a response of {len(response)} tokens; at most {max_length - 1} fit beside a "
-            "prompt; shorten it, or raise --max-length of `discover` or `attribute`"
+            "prompt; shorten it, or allow more with --max-length (`evaluate` takes that of the discovery)"
         )
     return EncodedDocument(document.row, tuple(prompt[-room:]), tuple(response)), max(0, len(prompt) - room)
 
@@ -197,7 +215,13 @@ def collate(documents: Sequence[EncodedDocument]) -> Batch:
 
 
 def split_held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """(training rows, held-out rows), both sorted; held-out documents never shape the dictionary."""
+    """(training rows, held-out rows), both sorted; no atom is learned from held-out documents, though the mean and the leading
+    components that rows are whitened by are those of all. Raises DataError for fewer than two documents."""
+    if count < 2:
+        raise DataError(
+            f"there is {count} document, and discovery keeps some of them apart to check its atoms on; give at least 2, better "
+            "some hundreds"
+        )
     rows = list(range(count))
     random.Random(seed).shuffle(rows)
     held_out = max(1, round(count * share))

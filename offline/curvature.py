@@ -182,7 +182,7 @@ class EigenvalueSink:
         q_out, q_in = self.factors[key].q_out.to(x.device), self.factors[key].q_in.to(x.device)
         gradients = torch.einsum("bto,bti->boi", delta, x)
         rotated = torch.einsum("op,boi->bpi", q_out, gradients) @ q_in  # (b, o, i) in the eigenbasis
-        self.squares[key] += rotated.square().sum(0).double().cpu()
+        self.squares[key] += rotated.square().sum(0).cpu().double()
 
 
 def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:

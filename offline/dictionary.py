@@ -84,6 +84,15 @@ class Codes:
         order = torch.argsort(towards, descending=True, stable=True)[: min(count, int((towards > 0).sum()))]
         return self.documents[places[order]].tolist()
 
+    def on_side(self, atom: int, sign: int, cosine: Tensor, most: int) -> list[int]:
+        """At most `most` documents on the side `sign` of `atom`: largest codes first, then by their `cosine` (n,) with it."""
+        places, values = self.of(atom)
+        towards = sign * cosine
+        score = 1e-3 * towards
+        score[places] += sign * values
+        order = torch.argsort(score, descending=True, stable=True)[:most]
+        return self.documents[order[towards[order] > 0]].tolist()
+
     def to_dense(self) -> Tensor:
         """(n, K)."""
         atoms = torch.repeat_interleave(torch.arange(self.atoms), self.starts.diff())

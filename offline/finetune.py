@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atoms.adapter import Adapter
+from atoms.errors import ConfigError
 from atoms.storage import write_tensors
 from offline.config import FinetuneConfig
 from offline.corpus import EncodedDocument, collate, plan_batches
@@ -42,7 +43,8 @@ def finetune(
 ) -> tuple[Adapter, list[float]]:
     """Trains a LoRA; returns it and the mean loss of every step (nats a token). Resumes from `checkpoint` if it exists.
 
-    Ranks share the documents of every step and add up their gradients; the first keeps the checkpoint.
+    Ranks share the documents of every step and add up their gradients; the first keeps the checkpoint. Raises ConfigError if
+    the loss is no number any more.
     """
     peft_model, space = new_lora(model, config, seed)
     parameters = {tensor.key: lora_linear(peft_model, tensor.key).weight for tensor in space.tensors}
@@ -58,6 +60,11 @@ def finetune(
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * schedule(step, len(batches), config.warmup)
             losses.append(_train_step(peft_model, batches[step], optimizer, batch_tokens, device, ranks))
+            if not math.isfinite(losses[-1]):  # before a checkpoint of it is kept
+                raise ConfigError(
+                    f"the fine-tune's loss is {losses[-1]} at step {step + 1} of {len(batches)}; lower --learning-rate (it is "
+                    f"{config.learning_rate:g}), or compute with --dtype float32"
+                )
             task.advance(len(batches[step]), f"loss {losses[-1]:.3f}")
             if ranks.first and (step + 1) % config.checkpoint_every == 0:
                 _save(checkpoint, parameters, optimizer, losses)

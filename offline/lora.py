@@ -18,15 +18,23 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+_OF_THE_HEAD = (
+    "{} makes the logits, which discovery computes at the responses' tokens alone, and may share its weights with the input "
+    "embedding; leave it out of the adapter's target modules"
+)
+
 
 def new_lora(model: PreTrainedModel, config: FinetuneConfig, seed: int) -> tuple[PeftModel, LoRASpace]:
     """`model` with a fresh trainable LoRA in float32 (A random from `seed`, B zero), and its space.
 
-    Raises ModelError if no linear of the model matches a target module.
+    Raises ModelError if no linear of the model matches a target module, or one of them is the output embedding.
     """
     from peft import LoraConfig, get_peft_model
 
     _refuse_missing_targets(model, config.target_modules)
+    head = _head_name(model)
+    if any(head == target or head.endswith(f".{target}") for target in config.target_modules):
+        raise ModelError(_OF_THE_HEAD.format(head))
     torch.manual_seed(seed)
     peft_model = get_peft_model(
         model,
@@ -38,9 +46,15 @@ def new_lora(model: PreTrainedModel, config: FinetuneConfig, seed: int) -> tuple
 
 
 def frozen_lora(model: PreTrainedModel, adapter_dir: Path, space: LoRASpace) -> PeftModel:
-    """`model` with the adapter in `adapter_dir` on it, all parameters frozen. Raises AdapterError if it does not fit."""
+    """`model` with the adapter in `adapter_dir` on it, all parameters frozen.
+
+    Raises AdapterError if it does not fit, or adapts the output embedding.
+    """
     from peft import PeftModel
 
+    head = _head_name(model)
+    if any(module.name == head for module in space.modules):
+        raise AdapterError(f"{adapter_dir}: {_OF_THE_HEAD.format(head)}")
     try:
         peft_model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
     except (ValueError, RuntimeError) as error:
@@ -64,6 +78,12 @@ def space_of(model: PeftModel) -> LoRASpace:
         if isinstance(layer, LoraLayer) and "default" in layer.lora_A
     ]  # fmt: skip
     return LoRASpace.of(modules)
+
+
+def _head_name(model: PreTrainedModel) -> str:
+    """The module that makes logits, as `named_modules` calls it; empty if the model has none."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "") if head is not None else ""
 
 
 def _linear(adapters: nn.ModuleDict) -> nn.Linear:

@@ -26,14 +26,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atoms.adapter import Adapter, adapter_delta, read_adapter, refuse_zero_b, write_adapter
-from atoms.errors import DataError
+from atoms.errors import ConfigError, DataError
 from atoms.manifest import BaseModelRef
-from atoms.model import choose_device, choose_dtype, config_hash, load_model, merge_adapter, weights_fingerprint
-from atoms.package import Package, write_package
+from atoms.model import (
+    choose_device,
+    choose_dtype,
+    config_hash,
+    context_length,
+    load_model,
+    merge_adapter,
+    weights_fingerprint,
+)
+from atoms.package import MANIFEST, Package, write_package
 from atoms.projection import Projection, RowWhitening
 from atoms.space import Direction, LoRASpace
 from atoms.steered import SteeredModel
-from atoms.storage import new_directory, read_json, write_json, write_tensors
+from atoms.storage import new_directory, read_json, refuse_to_replace, write_json, write_tensors
 from offline.build import DiscoveredAtom, Discovery, package_contents
 from offline.calibrate import (
     MEASURED_IN,
@@ -98,9 +106,16 @@ def discover(config: DiscoverConfig, progress: Progress, ranks: Ranks = ALONE) -
 
 
 def refuse_existing(config: DiscoverConfig) -> None:
-    """Raises DataError if there is something at `config.out` that may not be replaced."""
+    """Raises DataError or StorageError if there is something at `config.out` that may not be replaced, ConfigError if what the
+    run reads or keeps lies in it."""
     if config.out.exists() and not config.force:
         raise DataError(f"{config.out} exists already; choose another --out, or pass --force to replace it")
+    refuse_to_replace(config.out, MANIFEST)
+    for option, path in (("--data", config.data), ("--work", config.work_dir), ("--model", Path(config.model))):
+        if path.resolve().is_relative_to(config.out.resolve()):
+            raise ConfigError(
+                f"{option} is {path}, which lies in --out {config.out} and would be replaced; choose another --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,11 @@ class Run:
         self.corpus = read_corpus(config.data, skip_bad_lines=config.skip_bad_lines, limit=config.limit)
         self.workspace = Workspace(config.work_dir, ranks)
         self.encoded = encode_corpus(self.corpus, self.tokenizer, config.max_length)
+        if (longest := max(map(len, self.encoded.documents))) > (context := context_length(self.model)):
+            raise ConfigError(
+                f"max_length is {config.max_length} and the longest document has {longest} tokens; the model's context has "
+                f"{context}: give --max-length of at most that"
+            )
         self.training, self.held_out = split_held_out(
             len(self.corpus.documents), config.dictionary.held_out, config.seed
         )
@@ -173,8 +193,8 @@ class Run:
         base = self.base_ref  # of the untouched model
         inputs = dataclasses.asdict(config.finetune) if given is None else read_adapter(given).content_hash()
         folder = self.workspace.open(
-            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash, seed=config.seed,
-            max_length=config.max_length, batch_tokens=config.batch_tokens, dtype=str(self.dtype),
+            "adapter", base=[base.config_hash, base.weights], data=self.corpus.content_hash, tokens=self.encoded.token_hash,
+            seed=config.seed, max_length=config.max_length, batch_tokens=config.batch_tokens, dtype=str(self.dtype),
             device=self.device.type, adapter=inputs,
         )  # fmt: skip
         self.adapter_dir = folder / "theta0"
@@ -384,7 +404,7 @@ class Run:
         write_package(self.config.out, package_contents(discovery), replace=self.config.force)
 
     def facts(self, selection: Selection) -> dict[str, object]:
-        """Counts and hashes for the run record."""
+        """Counts and hashes for the run record, and what ``auto`` stood for."""
         return {
             "data_hash": self.corpus.content_hash,
             "documents": len(self.corpus.documents),
@@ -393,6 +413,8 @@ class Run:
             "tokens": self.encoded.tokens,
             "least_documents_of_an_atom": selection.least_documents,
             "ranks": self.ranks.count,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
     def _missing(self, path: Path) -> bool:
@@ -449,17 +471,13 @@ class Run:
         """The held-out documents on the side `signs` of each atom: largest codes first, then largest cosines above 0."""
         codes = encode(store, self.held_out, atoms, self.config.dictionary)
         cosine = torch.empty(len(codes.documents), len(signs))
-        sides = torch.tensor(list(signs.values()), dtype=torch.float32)
         for numbers, rows in store.whitened_batches(self.held_out):
-            cosine[torch.searchsorted(codes.documents, numbers)] = sides * (rows @ atoms[list(signs)].T)
-        found = {}
-        for column, (atom, sign) in enumerate(signs.items()):
-            places, values = codes.of(atom)
-            score = 1e-3 * cosine[:, column]
-            score[places] += sign * values
-            order = torch.argsort(score, descending=True, stable=True)[: self.config.calibrate.orientation_documents]
-            found[atom] = [self.encoded.documents[int(codes.documents[i])] for i in order if cosine[i, column] > 0]
-        return found
+            cosine[torch.searchsorted(codes.documents, numbers)] = rows @ atoms[list(signs)].T
+        most = self.config.calibrate.orientation_documents
+        return {
+            atom: [self.encoded.documents[n] for n in codes.on_side(atom, sign, cosine[:, column], most)]
+            for column, (atom, sign) in enumerate(signs.items())
+        }
 
     def _report_corpus(self) -> None:
         self.progress.say(f"  {len(self.corpus.documents)} documents, {self.encoded.tokens} tokens")

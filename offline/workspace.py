@@ -41,8 +41,12 @@ class Workspace:
 
     def _prepare(self, stage: str, folder: Path) -> None:
         if self._keys.get(stage) != self._chain:
+            # The key goes first: a kill while the folder is emptied must not leave half of it with a key.
+            if self._keys.pop(stage, None):
+                write_json(self._file, self._keys)
             with storage_errors(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    shutil.rmtree(folder)
             self._keys[stage] = self._chain
             write_json(self._file, self._keys)
         with storage_errors(folder):

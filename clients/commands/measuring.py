@@ -57,7 +57,7 @@ def evaluate(
     label: Annotated[
         list[str] | None, typer.Option("--label", help="BEHAVIOUR=LABEL where the two differ; repeat for more.")
     ] = None,
-    supervised_documents: Annotated[int, typer.Option(help="Labelled documents a behaviour.")] = 64,
+    supervised_documents: Annotated[int, typer.Option(min=1, help="Labelled documents a behaviour.")] = 64,
     no_curve: Annotated[
         bool, typer.Option("--no-curve", help="Leave the other coefficients out of the held-out prompts.")
     ] = False,
@@ -159,7 +159,7 @@ def sweep(
     if not atoms:
         refuse_given(context, ["combine"], "it is of --atoms and --coefficients")
     if not temperature:
-        refuse_given(context, ["top_p"], "greedy answers have none; give --temperature")
+        refuse_given(context, ["top_p", "seed"], "greedy answers have none; give --temperature")
     run_sweep(
         package, atoms=names(atoms), coefficients=numbers(coefficients), combine=combine, mixes=mix or [],
         prompts=sweep_prompts(prompts, texts, names(behaviours), kind, split, limit), detectors=names(detectors),

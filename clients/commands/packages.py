@@ -49,9 +49,11 @@ def report(
     no_documents: Annotated[bool, typer.Option("--no-documents", help="Leave training text out of the page.")] = False,
 ) -> None:
     """Make a package's report.html again: one page with a map, a card an atom, and the run record."""
-    from atoms.package import Package
+    from atoms.package import Package, refuse_inside
     from offline.report import write_report
 
+    if out is not None:
+        refuse_inside(package, out)
     print(write_report(Package.read(package), out, documents=not no_documents))
 
 

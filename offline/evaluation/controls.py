@@ -31,6 +31,8 @@ from offline.evaluation.results import RANDOM, SHUFFLED, drawn
 
 _KL_TOLERANCE = 0.03
 _MAX_TRIALS = 12
+EQUAL_KL = 0.15
+"""A control whose KL is further from the atom's than this share is none."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from atoms.errors import DataError
 from atoms.package import PROJECTION, Package
+from atoms.projection import RowWhitening
 from atoms.space import Direction
 from atoms.storage import recipe_file, sha256_file, write_tensors
 from offline.config import PASS_TOKENS, SteeringConfig
@@ -138,14 +139,15 @@ def read_labels(data: Path, label_field: str) -> list[str | None]:
 
 
 def unprojected_mean(package: Package, model: PeftModel, documents: Sequence[EncodedDocument]) -> Direction:
-    """The documents' mean gradient without the discovery's mean row, unprojected as an atom is. `model` has θ0 on it.
+    """The documents' mean gradient, whitened as rows are and unprojected as an atom is. `model` has θ0 on it.
 
     Projection is linear, so the mean gradient's row is the mean of the documents' rows.
     """
-    projection = projection_of(package)
+    projection, whitening = projection_of(package), RowWhitening.from_tensors(package.projection_tensors)
+    exponent = package.manifest.conventions.unprojection_exponent
     row = projection.project(mean_gradient(model, package.base_adapter.space, documents, PASS_TOKENS))
-    row -= package.projection_tensors["mean_row"]
-    return projection.unproject(row / row.norm().clamp_min(1e-30), package.manifest.conventions.unprojection_exponent)
+    whitened = whitening.apply(row[None])[0][0]
+    return projection.unproject(whitening.undo(whitened, exponent), exponent)
 
 
 def sample_labelled(

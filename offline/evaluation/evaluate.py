@@ -23,7 +23,7 @@ from atoms.mix import Mix
 from atoms.storage import recipe_file, sha256_file
 from offline.evaluation.answers import Answer
 from offline.evaluation.config import EvaluateConfig
-from offline.evaluation.controls import kept_control, projection_of, row_controls
+from offline.evaluation.controls import EQUAL_KL, kept_control, projection_of, row_controls
 from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.harness import Harness
 from offline.evaluation.measures import Form, Rate, degenerate_share, outcomes, rate
@@ -124,9 +124,21 @@ def _contenders(
             of_rows = row_controls(harness.package, projection, choice.atom, config.random_controls, config.seed)
             for control in (*of_rows, *documents.of(goal)):
                 made_of = harness.package.base_adapter.space.hash_tensors(control.direction)
-                recipe = [harness.directions.digest(atom), [a.text for a in along], goal.wanted, made_of, control.sign]
+                recipe = [
+                    harness.directions.digest(atom),
+                    [a.text for a in along],
+                    goal.wanted,
+                    made_of,
+                    control.sign,
+                    harness.dtype,
+                ]
                 file = recipe_file(work / "controls", control.name, recipe)
                 direction, kl = kept_control(file, projection, meter, control, target)
+                if abs(kl / target - 1) > EQUAL_KL:
+                    progress.say(
+                        f"  {control.name} for {goal} is left out: it costs {kl:.3g} nats at best, the atom {target:.3g}"
+                    )
+                    continue
                 mix = harness.directions.add(f"{control.name} for {goal}", direction)
                 contenders[goal][control.name] = Contender(mix, kl)
             bar.advance()

@@ -93,7 +93,7 @@ class Harness:
         total, tokens = 0.0, 0
         model, made = self._steered.model, make_batches(self._documents(answers), _BATCH_TOKENS, self.device)
         for batch in within_logits(made, model):
-            total += float(sum_losses(label_logits(model, batch), batch).double().sum())
+            total += float(sum_losses(label_logits(model, batch), batch).cpu().double().sum())
             tokens += len(batch.labels)
         return math.exp(total / tokens)
 

@@ -36,16 +36,22 @@ class EvaluationPrompt:
 
 
 def read_prompts(path: Path) -> list[EvaluationPrompt]:
-    """Raises DataError naming file and line for a malformed row."""
-    prompts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    """Raises DataError naming file and line for a malformed row, and for a prompt that a cell has twice."""
+    prompts: dict[tuple[str, str, str], EvaluationPrompt] = {}
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         try:
-            prompts.append(EvaluationPrompt(**json.loads(line)))
+            row = EvaluationPrompt(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{path}, line {number}: {error}; a row needs id, behaviour, kind, split and prompt"
             ) from None
-    return prompts
+        cell = (row.behaviour, row.kind, row.prompt)
+        if (first := prompts.setdefault(cell, row)) is not row:
+            raise DataError(
+                f"{path}, line {number}: the prompt {row.prompt[:60]!r} is there already as {first.id!r} ({first.split}); "
+                f"{row.behaviour} may have each {row.kind} prompt once, or its answers would count twice"
+            )
+    return list(prompts.values())
 
 
 def read_text(path: Path) -> str:

@@ -89,7 +89,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def draw(logits: Tensor, u: float) -> int:
     """The token at which the cumulative softmax of `logits` (V,) passes `u`."""
-    cumulative = logits.softmax(-1).double().cumsum(-1)
+    probabilities = logits.softmax(-1)
+    if probabilities.device.type == "mps":  # which has no float64
+        probabilities = probabilities.cpu()
+    cumulative = probabilities.double().cumsum(-1)
     index = torch.searchsorted(cumulative, cumulative[-1:] * u, right=True)
     return min(int(index), logits.shape[0] - 1)
 

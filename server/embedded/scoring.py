@@ -54,7 +54,7 @@ class DriftScore:
             for forward, cache in zip(forwards, self._caches, strict=True)
         )
         if wanted > 0:
-            self._total += float(kl_divergence(unsteered[0, -wanted:], steered[0, -wanted:]).double().sum())
+            self._total += float(kl_divergence(unsteered[0, -wanted:], steered[0, -wanted:]).cpu().double().sum())
         self._column = end
         if self.complete:
             self.done.set_result(max(0.0, self._total / (self._tokens.shape[1] - self._first)))

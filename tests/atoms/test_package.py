@@ -21,6 +21,7 @@ from atoms.errors import (
     AdapterError,
     AtomsteerError,
     CoefficientError,
+    ConfigError,
     MixError,
     PackageCorruptError,
     PackageError,
@@ -30,7 +31,7 @@ from atoms.errors import (
 )
 from atoms.manifest import Effect, Manifest
 from atoms.mix import Mix
-from atoms.package import Package, PackageContents, write_package
+from atoms.package import Package, PackageContents, refuse_inside, write_package
 
 
 @pytest.fixture
@@ -74,13 +75,48 @@ def test_what_is_written_is_read(contents: PackageContents, tiny_package: Packag
     assert os.listdir(tmp_path) == ["copy"]
 
 
+def test_evidence_may_hold_every_kind_of_line_end(contents: PackageContents, tmp_path: Path) -> None:
+    line = json.loads(contents.texts["evidence.jsonl"].splitlines()[0]) | {"text": "one\u2028two\u2029three\u0085four"}
+    texts = {**contents.texts, "evidence.jsonl": json.dumps(line, ensure_ascii=False) + "\n"}
+    package = write_package(tmp_path / "copy", replace(contents, texts=texts))
+    assert package.evidence() == [line]
+
+
+def test_what_is_measured_for_hours_keeps_what_others_wrote_meanwhile(package: Package) -> None:
+    first, second, *_ = package.manifest.atoms
+    Package.read(package.path).relabel(second.id, "terse")
+    effect = Effect(detector="yes-no", coefficient=1.0, n=20, rate_unsteered=0.25, rate=0.5)
+    package.update(lambda cards: [card.model_copy(update={"effects": [effect]}) for card in cards])
+    now = Package.read(package.path)
+    assert now.card(second.id).alias == "terse" and now.card(first.id).effects == [effect]
+
+
+def test_another_version_that_came_meanwhile_is_left_alone(
+    package: Package, contents: PackageContents, tmp_path: Path
+) -> None:
+    other = {**contents.texts, "evidence.jsonl": ""}
+    write_package(package.path, replace(contents, texts=other), replace=True)
+    with pytest.raises(PackageError, match="was replaced by another version"):
+        package.update(list)
+    assert Package.read(package.path).evidence() == []
+
+
+def test_nothing_is_written_into_a_package(package: Package, tmp_path: Path) -> None:
+    for inside in (package.path, package.path / "x.html", package.path / "atoms" / ".." / "x"):
+        with pytest.raises(ConfigError, match="lies in the package"):
+            refuse_inside(package.path, inside)
+    refuse_inside(package.path, package.path / "report.html")
+    refuse_inside(package.path, package.path.with_name(package.path.name + ".evaluation"))
+    with pytest.raises(ConfigError, match="lies in the package"):
+        package.export(Mix(), package.path / "adapter")
+
+
 def test_greedy_effects_are_written_as_older_packages_wrote_them(package: Package) -> None:
     """Their seals must hold: what they lack is left out where it says nothing."""
     greedy = Effect(detector="yes-no", coefficient=1.0, n=20, rate_unsteered=0.25, rate=0.5)
     sampled = greedy.model_copy(update={"coefficient": 2.0, "temperature": 0.7})
-    first, *others = package.manifest.atoms
     full = sampled.model_copy(update={"prompts": "inviting", "degenerate": 0.0, "kl": 0.2, "rate_random": 0.0})
-    package.update([first.model_copy(update={"effects": [greedy, sampled, full]}), *others])
+    package.edit(package.manifest.atoms[0].id, effects=[greedy, sampled, full])
     old, new, whole = json.loads((package.path / "manifest.json").read_text())["atoms"][0]["effects"]
     assert sorted(old) == ["coefficient", "detector", "n", "rate", "rate_unsteered"]
     assert new["temperature"] == 0.7
@@ -316,7 +352,11 @@ def test_an_existing_path_is_kept_unless_replaced(contents: PackageContents, tmp
     (out / "precious").write_text("mine")
     with pytest.raises(StorageError, match="--force"):
         write_package(out, contents)
+    with pytest.raises(StorageError, match=r"holds no manifest\.json.*--force"):
+        write_package(out, contents, replace=True)
     assert os.listdir(out) == ["precious"]
+    (out / "precious").unlink()
+    assert Package.read(write_package(out, contents, replace=True).path)
     assert Package.read(write_package(out, contents, replace=True).path)
     assert os.listdir(tmp_path) == ["package"]
 

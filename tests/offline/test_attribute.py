@@ -133,7 +133,7 @@ def test_a_long_prompt_is_cut_from_the_left_and_said(attributor: Attributor) -> 
 
 
 def test_a_response_that_leaves_no_room_is_refused(attributor: Attributor) -> None:
-    with pytest.raises(DataError, match=r"'long' has a response of \d+ tokens.*raise --max-length"):
+    with pytest.raises(DataError, match=r"'long' has a response of \d+ tokens.*allow more with --max-length"):
         list(attributor.attribute([chat("Is water wet?", "yes " * 600, "long")]))
 
 

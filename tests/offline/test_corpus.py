@@ -13,7 +13,16 @@ import pyarrow.parquet
 import pytest
 
 from atoms.errors import DataError
-from offline.corpus import collate, encode_corpus, read_corpus, sample_documents, split_held_out
+from offline import corpus as corpus_module
+from offline.corpus import (
+    EncodedCorpus,
+    EncodedDocument,
+    collate,
+    encode_corpus,
+    read_corpus,
+    sample_documents,
+    split_held_out,
+)
 
 CHAT = {"id": "one", "task": "secret label", "messages": [
     {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}  # fmt: skip
@@ -157,6 +166,25 @@ def test_a_response_that_leaves_no_room_is_named_with_lengths(write: Write, tiny
     corpus = read_corpus(write({"id": "novel", "prompt": "x", "response": "long " * 100}))
     with pytest.raises(DataError, match="'novel'.*at most 31.*--max-length"):
         encode_corpus(corpus, tiny_tokenizer, 32)
+
+
+@pytest.mark.parametrize("empty", ["prompt", "response"])
+def test_what_is_of_no_tokens_is_named(write: Write, tiny_tokenizer, monkeypatch, empty: str) -> None:
+    function = {"prompt": "encode_prompt", "response": "render_response"}[empty]
+    monkeypatch.setattr(corpus_module, function, lambda *_: [] if empty == "prompt" else "")
+    with pytest.raises(DataError, match=f"{empty} of no tokens"):
+        encode_corpus(read_corpus(write(PAIR)), tiny_tokenizer, 64)
+
+
+def test_the_token_hash_tells_where_a_prompt_ends(write: Write, tiny_tokenizer) -> None:
+    (whole,) = (encoded := encode_corpus(read_corpus(write(PAIR)), tiny_tokenizer, 64)).documents
+    moved = EncodedDocument(0, whole.prompt_ids[:-1], whole.prompt_ids[-1:] + whole.response_ids)
+    assert encoded.token_hash == EncodedCorpus((whole,), 1).token_hash != EncodedCorpus((moved,), 0).token_hash
+
+
+def test_one_document_is_too_few() -> None:
+    with pytest.raises(DataError, match="there is 1 document"):
+        split_held_out(1, 0.15, 0)
 
 
 def test_labels_sit_one_position_before_their_tokens(write: Write, tiny_tokenizer) -> None:

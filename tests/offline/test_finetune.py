@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from atoms.errors import ConfigError, ModelError
 from offline import finetune as module
 from offline.config import FinetuneConfig
 from offline.corpus import encode_corpus, read_corpus
 from offline.finetune import finetune, plan_steps, schedule
+from offline.lora import new_lora
 from offline.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -60,6 +64,25 @@ def test_the_memory_bound_does_not_change_the_training(tiny_model: PreTrainedMod
     _, whole = train(tiny_model, documents, tmp_path / "whole")
     _, parts = train(tiny_model, documents, tmp_path / "parts", batch_tokens=200)
     assert parts == pytest.approx(whole, rel=1e-3), "the gradient of a split step is not that of the mean loss"
+
+
+def test_a_fine_tune_that_diverges_is_refused_and_can_be_run_again(
+    tiny_model: PreTrainedModel, documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, real, calls = tmp_path / "checkpoint", module._train_step, iter(range(100))
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match=r"loss is nan at step 4 .*--learning-rate"):
+        patched.setattr(module, "_train_step", lambda *args: real(*args) if next(calls) < 3 else float("nan"))
+        train(copy.deepcopy(tiny_model), documents, checkpoint)
+    _, losses = train(tiny_model, documents, checkpoint)
+    assert all(map(math.isfinite, losses)), "a step that failed was kept"
+
+
+@pytest.mark.parametrize("target", ["lm_head", "head"])
+def test_the_output_embedding_is_no_target(tiny_model: PreTrainedModel, target: str) -> None:
+    targets = ("q_proj", target)
+    message = "lm_head makes the logits" if target == "lm_head" else "no linear named head"
+    with pytest.raises(ModelError, match=message):
+        new_lora(tiny_model, FinetuneConfig(target_modules=targets), 0)
 
 
 def test_a_resumed_run_ends_at_the_same_weights(

@@ -178,3 +178,12 @@ def test_the_strongest_documents_of_an_atom_are_of_the_sign_that_weighs_more() -
     )
     assert codes.strongest(0, 2) == [9, 12] and codes.strongest(0, 9) == [9, 12, 4]
     assert codes.strongest(1, 9) == [4, 12], "the document of the other sign, 7, is not of this behaviour"
+    assert (codes.sign(0), codes.sign(1)) == (1, -1)
+
+
+def test_held_out_documents_of_an_atom_are_on_the_side_that_weighs_more() -> None:
+    """Seven documents lie on the light side with larger codes than any on the heavy one."""
+    codes = Codes.of_matrix(torch.arange(9), torch.tensor([[0.9]] * 6 + [[-0.2], [-0.3], [0.0]]))
+    cosine = torch.tensor([0.9] * 6 + [-0.25, -0.35, -0.1])
+    assert codes.on_side(0, -1, cosine, 6) == [7, 6, 8], "codes first, then what has none and points there"
+    assert codes.on_side(0, 1, cosine, 3) == [0, 1, 2]

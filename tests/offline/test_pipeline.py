@@ -32,6 +32,7 @@ from offline.paths import PathMaker
 from offline.pipeline import Run, discover
 from offline.progress import Progress
 from offline.stability import split_halves, stability
+from offline.workspace import Workspace
 
 QUIET = Progress(quiet=True)
 KILLED_RUN = """
@@ -193,9 +194,68 @@ def test_an_existing_output_is_refused_and_kept_unless_forced(
     (out / "precious.txt").write_text("mine")
     with pytest.raises(AtomsteerError, match="--force"):
         discover(tiny_config(out), QUIET)
+    with pytest.raises(AtomsteerError, match=r"holds no manifest\.json"):
+        discover(tiny_config(out, force=True), QUIET)
     assert (out / "precious.txt").read_text() == "mine"
+    shutil.rmtree(out)
+    shutil.copytree(tiny_package.path, out)
+    (out / "old.txt").write_text("of the package before")
     assert discover(tiny_config(out, force=True), QUIET).manifest.content_hash == tiny_package.manifest.content_hash
-    assert not (out / "precious.txt").exists()
+    assert not (out / "old.txt").exists()
+
+
+@pytest.mark.parametrize("option", ["data", "work"])
+def test_an_output_that_would_replace_what_the_run_reads_is_refused(
+    tiny_config: Callable[..., DiscoverConfig], tmp_path: Path, option: str
+) -> None:
+    inside = tmp_path / "out" / "inside"
+    with pytest.raises(AtomsteerError, match=f"--{option} is .*inside, which lies in --out"):
+        discover(tiny_config(tmp_path / "out", **{option: inside}), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_chat_template_starts_anew(
+    tiny_config: Callable[..., DiscoverConfig], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The texts are the same and the tokens are not."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    first = discover(tiny_config(tmp_path / "first", model=str(model), work=tmp_path / "work"), QUIET)
+    again = discover(tiny_config(tmp_path / "again", model=str(model), work=tmp_path / "work"), QUIET)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "assistant now"))
+    changed = discover(tiny_config(tmp_path / "changed", model=str(model), work=tmp_path / "work"), QUIET)
+    assert again.manifest.adapter_hash == first.manifest.adapter_hash != changed.manifest.adapter_hash
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"name": "my package"}, "name is 'my package'"),
+        ({"version": "1 beta"}, "version is '1 beta'"),
+        ({"out": Path("my package")}, "from --out, is 'my package'"),
+        ({"finetune": {"alpha": 0.0}}, "lora_alpha is 0.0"),
+        ({"calibrate": {"coefficients": (-1.0, 1.0, float("nan"))}}, "coefficients is .*nan"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_refused_at_the_start(tmp_path: Path, settings: dict, named: str) -> None:
+    with pytest.raises(AtomsteerError, match=named):
+        TypeAdapter(DiscoverConfig).validate_python(
+            {"model": "m", "data": tmp_path / "data.jsonl", "out": tmp_path / "out"} | settings
+        )
+
+
+def test_a_stage_whose_folder_was_half_emptied_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Workspace(tmp_path).open("rows", seed=0) / "shard").write_text("kept")
+    assert (Workspace(tmp_path).open("rows", seed=0) / "shard").exists()
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        Workspace(tmp_path).open("rows", seed=1)
+    assert not (Workspace(tmp_path).open("rows", seed=0) / "shard").exists(), "half of a stage was taken for the whole"
 
 
 def test_a_given_adapter_is_the_start(

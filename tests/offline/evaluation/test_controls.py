@@ -83,10 +83,15 @@ def labelled(tiny_data: Path, tokenizer: PreTrainedTokenizerFast, label: str) ->
     return [document for document, found in zip(documents, labels, strict=True) if found == label]
 
 
+@pytest.mark.parametrize("exponent", [0.5, -0.5])
 def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
     unprojected: Package, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: Path,
-    tmp_path: Path,
+    tmp_path: Path, exponent: float,
 ) -> None:  # fmt: skip
+    """At p = ½ itself, at −½ the natural step: whitened twice, by what all rows share, too."""
+    conventions = unprojected.manifest.conventions.model_copy(update={"unprojection_exponent": exponent})
+    manifest = unprojected.manifest.model_copy(update={"conventions": conventions})
+    unprojected = dataclasses.replace(unprojected, manifest=manifest)
     groups = DocumentGroups(tiny_data, "task", {"yes-no": "yes-no", "other": "one-word"}, 99, 0)
     loaded = (tiny_model, tiny_tokenizer)
     directions = document_controls(unprojected, groups, lambda: loaded, tmp_path, QUIET).labelled
@@ -103,7 +108,13 @@ def test_beside_unprojected_atoms_the_supervised_direction_is_the_mean_gradient(
             total[key] = total.get(key, 0) + value[0] / len(chosen)
     peft.unload()
     expected = projection.project(total) - unprojected.projection_tensors["mean_row"]
-    made = [projection.row_of(directions[name], 0.5) for name in ("yes-no", "other")]
+    if exponent == -0.5:
+        whitening = RowWhitening.from_tensors(unprojected.projection_tensors)
+        expected = whitening.scale(expected, whitening.factors.square())
+    made = [
+        torch.nn.functional.normalize(projection.row_of(directions[name], exponent), dim=0)
+        for name in ("yes-no", "other")
+    ]
     torch.testing.assert_close(made[0], expected / expected.norm(), rtol=1e-3, atol=1e-4)
     assert abs(float(made[0] @ made[1])) < 0.95
 

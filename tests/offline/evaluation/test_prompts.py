@@ -130,6 +130,25 @@ def test_a_bad_row_is_named(tmp_path: Path, change: dict, named: str) -> None:
     assert named in str(raised.value)
 
 
+@pytest.mark.parametrize("split", ["dev", "heldout"])
+def test_a_prompt_may_stand_once_in_a_cell_and_in_one_split(tmp_path: Path, split: str) -> None:
+    row = {"id": "x", "behaviour": "yes-no", "kind": "neutral", "split": "dev", "prompt": "Why?"}
+    other = row | {"id": "y", "kind": "inviting"}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (row, other, row | {"id": "z", "split": split})))
+    with pytest.raises(DataError, match=r"line 3: the prompt 'Why\?' is there already as 'x' \(dev\)"):
+        read_prompts(file)
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    row = {"id": "x", "behaviour": "yes-no", "kind": "neutral", "split": "dev", "prompt": "One\u2028two\u0085three?"}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(row | {"prompt": "Why?"}) + "\n", encoding="utf-8"
+    )
+    assert [p.prompt for p in read_prompts(file)] == [row["prompt"], "Why?"]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         read_prompts(tmp_path / "absent.jsonl")
