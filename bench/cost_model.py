@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from offline.config import CalibrateConfig, CurvatureConfig, DictionaryConfig, SteeringConfig
+from offline.coherence import NULL_SETS
+from offline.config import CalibrateConfig, CurvatureConfig, DictionaryConfig, SelectConfig, SteeringConfig
 from offline.dictionary import learn_dictionary
 from offline.plan import (
     BYTES_OF_CODES,
@@ -39,7 +40,7 @@ WHITENING_OPERATIONS = 26 * 144
 """A component of a row: six passes of two products with a basis of 128 + 16 vectors, and one with it at the end."""
 HELD_OUT = DictionaryConfig().held_out
 SCALE_STEPS = 3
-"""Trials until an atom costs 0.05 nats at ±1, at most five."""
+"""Trials until an atom costs 0.05 nats at ±1, at most eight."""
 
 
 def main() -> None:
@@ -106,6 +107,7 @@ def project(options: argparse.Namespace) -> Mapping[str, str]:
     sampled = curvature.factor_documents + curvature.eigenvalue_documents
     # forward passes over all prompts, at half of the cost of a forward and backward one
     passes_an_hour = 3600 * 2 * options.pass_rate / (calibration.prompts * calibration.continuation_tokens)
+    compared = NULL_SETS * SelectConfig().top_documents
     return {
         "fine-tune, an epoch": _hours(tokens / options.pass_rate / 3600),
         "factors and eigenvalues": _hours(sampled * options.tokens / options.pass_rate / 3600),
@@ -114,6 +116,7 @@ def project(options: argparse.Namespace) -> Mapping[str, str]:
         "rows on disk": f"{documents * row_bytes(dim, 0) / 2**30:,.0f} GiB, and sketches",
         **{f"dictionary, {DICTIONARY_PASSES} alternations: {name}": _hours(value) for name, value in hours.items()},
         "dictionary in all, one seed": _hours(sum(hours.values())),
+        "rows read for chance (selection), at most": f"{count * compared * row_bytes(dim, 0) / 2**30:,.0f} GiB",
         f"directions of {options.kept} atoms": _hours(options.kept * steps * options.tokens / options.pass_rate / 3600),
         "atoms, AᵀX and their copies in memory": f"{dictionary_bytes(count, dim) / 2**30:,.1f} GiB",
         "codes and lengths of all documents (selection)": f"{BYTES_OF_CODES * documents / 2**30:,.2f} GiB",

@@ -8,13 +8,15 @@ lengths fall into the same bins, because length alone makes gradients alike.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-_NULL_SETS = 64
+NULL_SETS = 64
+"""Random sets of documents that an atom's coherence is compared with."""
 _LEAST_DEVIATION = 1e-6
 _POOL_BLOCK = 128
 """Vectors of random sets that are read at once: what their sums need does not grow with the corpus."""
@@ -40,28 +42,21 @@ class LengthMatchedSets:
         self._seed = seed
 
     def draw(self, members: Sequence[int], sets: int) -> list[list[int]]:
-        """`sets` random sets, each with as many documents of every bin as `members` has, without repeats."""
-        generator = torch.Generator().manual_seed(self._seed)
-        wanted = Counter(self._bin[d] for d in members)
-        drawn = []
-        for _ in range(sets):
-            one: list[int] = []
-            for b, count in sorted(wanted.items()):
-                pool = self._members[b]
-                one += [pool[int(i)] for i in torch.randperm(len(pool), generator=generator)[:count]]
-            drawn.append(one)
-        return drawn
+        """`sets` random sets, each with as many documents of every bin as `members` has, without repeats. The time does not
+        grow with the corpus."""
+        generator = random.Random(self._seed)
+        wanted = sorted(Counter(self._bin[d] for d in members).items())
+        return [[d for b, count in wanted for d in generator.sample(self._members[b], count)] for _ in range(sets)]
 
 
 def coherence_z(
-    load: Callable[[Sequence[int]], Tensor], members: Sequence[int], signs: Tensor, null: LengthMatchedSets
+    load: Callable[[Sequence[int]], Tensor], members: Sequence[int], signs: Tensor, sets: Sequence[Sequence[int]]
 ) -> tuple[float, float, tuple[float, float]]:
-    """(coherence, z against length-matched random sets, their mean and standard deviation).
+    """(coherence, z against that of the random `sets`, their mean and standard deviation).
 
     `load` gives unit vectors (n, S) of documents.
     """
     value = coherence(load(members), signs)
-    sets = null.draw(members, _NULL_SETS)
     pool = sorted({document for one in sets for document in one})
     membership = torch.tensor([[float(document in one) for document in pool] for one in map(set, sets)])
     summed, squares = torch.zeros(()), torch.zeros(len(sets))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoms.manifest import Coherence
-from offline.coherence import LengthMatchedSets, coherence_z
+from offline.coherence import NULL_SETS, LengthMatchedSets, coherence_z
 from offline.config import SelectConfig
 from offline.dictionary import Codes
 from offline.rows import RowStore
@@ -65,8 +65,9 @@ def candidates(
         top = torch.argsort(values.abs(), descending=True, stable=True)[: config.top_documents]
         members, strongest = codes.documents[places[top]].tolist(), values[top]
         signs = strongest.sign() if config.sign_aligned else torch.ones(len(top))
-        raw, raw_z, raw_null = coherence_z(store.sketches, members, signs, null)
-        whitened, whitened_z, _ = coherence_z(store.whitened_rows, members, signs, null)
+        sets = null.draw(members, NULL_SETS)
+        raw, raw_z, raw_null = coherence_z(store.sketches, members, signs, sets)
+        whitened, whitened_z, _ = coherence_z(store.whitened_rows, members, signs, sets)
         measured = Coherence(raw=raw, raw_z=raw_z, whitened=whitened, whitened_z=whitened_z, raw_null=raw_null)
         found.append(Candidate(atom, support, tuple(members), tuple(strongest.tolist()), measured))
     return found

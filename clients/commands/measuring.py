@@ -35,7 +35,8 @@ def evaluate(
     max_kl: Annotated[float, typer.Option(help="Most KL of a choice, nats a token, predicted and measured.")] = 0.5,
     max_degenerate: Annotated[float, typer.Option(help="Largest share of degenerate answers of a choice.")] = 0.05,
     candidates: Annotated[int, typer.Option(help="Atoms a goal that are tried at every coefficient.")] = 3,
-    screen_prompts: Annotated[int, typer.Option(help="Development prompts on which candidates are found.")] = 6,
+    shortlist: Annotated[int, typer.Option(help="Atoms a goal that are screened on all development prompts.")] = 8,
+    screen_prompts: Annotated[int, typer.Option(help="Development prompts on which the shortlist is found.")] = 6,
     dev_prompts: Annotated[int | None, typer.Option(help="Development prompts a goal; default: all.")] = None,
     finalists: Annotated[int, typer.Option(help="Settings a goal that are given --dev-samples answers a prompt.")] = 6,
     dev_samples: Annotated[
@@ -91,7 +92,8 @@ def evaluate(
         dev_samples = 3 if temperature else 1
     config = EvaluateConfig(
         behaviours=tuple(names(behaviours)), wanted=tuple(names(goals)), atoms=tuple(names(atoms)),  # type: ignore[arg-type]
-        coefficients=numbers(coefficients), screen_prompts=screen_prompts, candidates=candidates, finalists=finalists,
+        coefficients=numbers(coefficients), screen_prompts=screen_prompts, shortlist=shortlist, candidates=candidates,
+        finalists=finalists,
         dev_prompts=dev_prompts, dev_samples=dev_samples, heldout_prompts=heldout_prompts, max_kl=max_kl,
         max_degenerate=max_degenerate, kl_prompts=kl_prompts, random_controls=random_controls, curve=not no_curve, seed=seed,
     )  # fmt: skip

@@ -16,8 +16,9 @@ class EvaluateConfig:
 
     Empty behaviours: all of the prompt file; empty atoms: all of the package. Coefficients are magnitudes, tried with both
     signs. Numbers of prompts are per goal; None: all there are. `max_kl` in nats a token. `max_degenerate` is a share of
-    the answers, raised to that of the unsteered answers where those are worse. `finalists`: settings a goal that are given
-    `dev_samples` answers to each development prompt, from which the choice is made.
+    the answers, raised to that of the unsteered answers where those are worse. `shortlist`: atoms a goal that are screened
+    again, on all development prompts, at least as many as the `candidates`, which are tried at every coefficient. `finalists`:
+    settings a goal that are given `dev_samples` answers to each development prompt, from which the choice is made.
     """
 
     behaviours: tuple[str, ...] = ()
@@ -26,6 +27,7 @@ class EvaluateConfig:
     coefficients: tuple[float, ...] = (1.0, 1.5, 2.0, 2.5, 3.0)
     screen_coefficient: float = 2.0
     screen_prompts: int = 6
+    shortlist: int = 8
     candidates: int = 3
     finalists: int = 6
     dev_prompts: int | None = None
@@ -41,6 +43,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         for name in (
             "screen_prompts",
+            "shortlist",
             "candidates",
             "finalists",
             "dev_prompts",

@@ -1,10 +1,10 @@
 """The choice of an atom and a coefficient for each goal, on development prompts alone.
 
-Three rounds, each one batch over all goals: every atom at ± one coefficient gives the candidates, on a few prompts whose
-unsteered answers are not yet as wanted; the candidates at every coefficient, one answer to each prompt, give the finalists;
-those, `dev_samples` answers to each prompt, give the choice. It is the setting that changes the detector's rate most in the
-wanted direction, of those whose predicted and measured KL and whose share of degenerate answers are within the limits;
-among equals the one of least predicted KL.
+Four rounds, each one batch over all goals. Every atom at ± one coefficient gives a shortlist, on a few prompts whose unsteered
+answers are not yet as wanted; the shortlist at that coefficient, on all prompts, gives the candidates; those at every
+coefficient, one answer to each prompt, give the finalists; and those, `dev_samples` answers to each prompt, give the choice.
+It is the setting that changes the detector's rate most in the wanted direction, of those whose predicted and measured KL and
+whose share of degenerate answers are within the limits; among equals the one of least predicted KL.
 """
 
 from __future__ import annotations
@@ -72,15 +72,9 @@ def choose_settings(
     harness: Harness, prompts: Prompts, atoms: Sequence[str], config: EvaluateConfig, progress: Progress
 ) -> dict[Goal, Search]:
     """One choice a goal, and what it was made from."""
-    candidates: Mapping[Goal, Sequence[str]] = dict.fromkeys(prompts, atoms)
-    if len(atoms) > config.candidates:
-        few = screening_prompts(harness, prompts, config.screen_prompts, progress)
-        ends = [(atom, c) for atom in atoms for c in clipped_to_range(harness, atom, config.screen_coefficient)]
-        screened = try_settings(harness, few, dict.fromkeys(prompts, ends), "screen", progress)
-        candidates = {goal: best_atoms(tried.settings, config.candidates) for goal, tried in screened.items()}
     cells = {
-        goal: [(atom, c) for atom in chosen for c in signed_within_range(harness, atom, config.coefficients)]
-        for goal, chosen in candidates.items()
+        goal: [(atom, c) for atom in found for c in signed_within_range(harness, atom, config.coefficients)]
+        for goal, found in find_candidates(harness, prompts, atoms, config, progress).items()
     }
     tried = try_settings(harness, prompts, cells, "choose", progress)
     finalists: dict[Goal, Mapping[tuple[str, float], float]] = {}
@@ -97,6 +91,27 @@ def choose_settings(
         )
         for goal, found in confirmed.items()
     }
+
+
+def find_candidates(
+    harness: Harness, prompts: Prompts, atoms: Sequence[str], config: EvaluateConfig, progress: Progress
+) -> dict[Goal, Sequence[str]]:
+    """The atoms that are tried at every coefficient. Few prompts leave a shortlist: on them many atoms gain as much, so that
+    what is best of those is seen on all prompts."""
+    if len(atoms) <= config.candidates:
+        return dict.fromkeys(prompts, atoms)
+    ends = [(atom, c) for atom in atoms for c in clipped_to_range(harness, atom, config.screen_coefficient)]
+    cells: dict[Goal, list[tuple[str, float]]] = dict.fromkeys(prompts, ends)
+    most = max(config.shortlist, config.candidates)
+    if len(atoms) > most:
+        few = screening_prompts(harness, prompts, config.screen_prompts, progress)
+        screened = try_settings(harness, few, cells, "screen", progress)
+        cells = {
+            goal: [(s.atom, s.coefficient) for s in best_settings(tried.settings, most)]
+            for goal, tried in screened.items()
+        }
+    tried = try_settings(harness, prompts, cells, "shortlist", progress)
+    return {goal: [s.atom for s in best_settings(found.settings, config.candidates)] for goal, found in tried.items()}
 
 
 def screening_prompts(harness: Harness, prompts: Prompts, most: int, progress: Progress) -> dict[Goal, list[str]]:
@@ -136,8 +151,9 @@ def try_settings(
     return tried
 
 
-def best_atoms(settings: Sequence[Setting], count: int) -> list[str]:
-    """The atoms of the `count` largest gains; among equals the one whose other sign gains least, then the cheapest.
+def best_settings(settings: Sequence[Setting], count: int) -> list[Setting]:
+    """The `count` settings of largest gain, each of another atom; among equals the one whose other sign gains least, then the
+    cheapest.
 
     On few prompts many atoms reach the same gain. One that moves the behaviour both ways is more than a disturbance.
     """
@@ -147,7 +163,10 @@ def best_atoms(settings: Sequence[Setting], count: int) -> list[str]:
         other = signed.get((setting.atom, setting.coefficient < 0), 0.0)
         return (-setting.gain, other, setting.predicted_kl)
 
-    return list(dict.fromkeys(setting.atom for setting in sorted(settings, key=rank)))[:count]
+    best: dict[str, Setting] = {}
+    for setting in sorted(settings, key=rank):
+        best.setdefault(setting.atom, setting)
+    return list(best.values())[:count]
 
 
 def signed_within_range(harness: Harness, atom: str, coefficients: Sequence[float]) -> list[float]:

@@ -23,7 +23,7 @@ from offline.evaluation.config import EvaluateConfig
 from offline.evaluation.document_controls import DocumentControls
 from offline.evaluation.evaluate import evaluate
 from offline.evaluation.results import ATOM, UNSTEERED, Evaluation, cards_with_effects, table_rows, to_csv
-from offline.evaluation.search import Setting, best_atoms
+from offline.evaluation.search import Setting, best_settings
 from offline.evaluation.statistics import PairedTable, holm, mcnemar_p, paired_interval
 from offline.progress import Progress
 
@@ -45,7 +45,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config() -> EvaluateConfig:
-    return EvaluateConfig(coefficients=(0.5, 1.0), screen_coefficient=1.0, screen_prompts=2, candidates=2, max_kl=1e9,
+    return EvaluateConfig(coefficients=(0.5, 1.0), screen_coefficient=1.0, screen_prompts=2, shortlist=2, candidates=2, max_kl=1e9,
                           kl_prompts=4, random_controls=2)  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_of_atoms_that_gain_as_much_one_that_works_both_ways_is_tried_first() ->
         setting("best", 2, 0.7, 0.4),  # its range has no other side
         setting("worse", -2, 0.1, 0.1), setting("worse", 2, -0.6, 0.1),
     ]  # fmt: skip
-    assert best_atoms(settings, 4) == ["best", "own", "cheaper", "cheap"]
+    assert [s.atom for s in best_settings(settings, 4)] == ["best", "own", "cheaper", "cheap"]
 
 
 def test_no_choice_is_said_so(scripted: Callable, prompts: Path, config: EvaluateConfig, tmp_path: Path) -> None:
@@ -257,9 +257,31 @@ def test_screening_stays_within_the_tested_range(
     good = tiny_package.manifest.atoms[-1]
     harness, _ = scripted(script(good.id))
     assert good.tested_range == (-1.0, 1.0) and len(tiny_package.manifest.atoms) > 1
-    config = dataclasses.replace(config, screen_coefficient=5.0, candidates=1)  # fewer than atoms, or none is screened
+    config = dataclasses.replace(
+        config, screen_coefficient=5.0, shortlist=1, candidates=1
+    )  # fewer than atoms, or none is screened
     up, down = run(harness, prompts, config, tmp_path).goals
     assert (up.choice.atom, up.choice.coefficient, down.choice.coefficient) == (good.id, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)])
+def test_what_few_prompts_show_is_looked_at_on_all(
+    scripted: Callable, tiny_package: Package, prompts: Path, config: EvaluateConfig, tmp_path: Path,
+    places: tuple[int, int],
+) -> None:  # fmt: skip
+    """On the two prompts of the first screening another atom gains as much; one of the two costs less."""
+    lucky, good = (tiny_package.manifest.atoms[place].id for place in places)
+
+    def say(prompt: str, mix: Mix) -> str:
+        strength = mix.as_dict()
+        works = strength.get(good) == 1 or (strength.get(lucky, 0) > 0 and number(prompt) < 2)
+        return LIST if works else PROSE
+
+    harness, _ = scripted(say)
+    (up,) = run(
+        harness, prompts, dataclasses.replace(config, wanted=("up",), shortlist=2, candidates=1), tmp_path
+    ).goals
+    assert (up.choice.atom, up.choice.coefficient, up.choice.rate) == (good, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -277,7 +299,7 @@ def test_screening_asks_what_is_not_yet_as_wanted(
         return LIST if (number(prompt) >= 4) == inviting else PROSE
 
     harness, _ = scripted(say)
-    up, down = run(harness, prompts, dataclasses.replace(config, candidates=1), tmp_path).goals
+    up, down = run(harness, prompts, dataclasses.replace(config, shortlist=1, candidates=1), tmp_path).goals
     assert (up.choice.atom, up.choice.coefficient, up.choice.rate_unsteered) == (good, 1.0, 0.5)
     assert (down.choice.atom, down.choice.coefficient, down.choice.rate_unsteered) == (good, -1.0, 0.5)
 
