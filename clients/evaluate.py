@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.table import Table
 
 from atoms.errors import ConfigError, DataError
-from atoms.package import Package, refuse_inside
+from atoms.package import Package
 from atoms.storage import write_bytes, write_json
-from clients.harness import open_harness
+from clients.harness import open_harness, results_of
 from clients.tables import WIDE, print_table
 from offline.evaluation import figures
 from offline.evaluation.answers import Decoding
@@ -49,8 +49,7 @@ def run_evaluate(
         figures.require_matplotlib()
     package, progress = Package.read(path), Progress(quiet=quiet)
     prompts = prompts or shipped_file("evaluation_prompts")
-    work = out or path.with_name(path.name + ".evaluation")
-    refuse_inside(path, work)
+    work = results_of(path, "evaluation", out)
     documents = _document_controls(package, config, prompts, groups, work, options, progress) if groups else None
     with open_harness(package, work, decoding, options) as harness:
         evaluation = evaluate(harness, prompts, config, work, progress, documents)

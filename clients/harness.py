@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from atoms.package import Package
+from atoms.package import Package, refuse_inside
 from offline.evaluation.answers import AnswerLog, Decoding
 from offline.evaluation.directions import Directions
 from offline.evaluation.harness import Harness
@@ -14,6 +14,19 @@ from server.embedded.engine import EmbeddedEngine
 from server.embedded.load import EngineOptions, load_served
 
 ANSWERS = "answers.jsonl"
+
+
+def results_of(package: Path, kind: str, out: Path | None) -> Path:
+    """Where the results of a measurement go: `out`, or a directory beside the package that is named after both.
+
+    Raises ConfigError for one in the package.
+    """
+    where = (
+        package.resolve() if package.name in ("", "..") else package
+    )  # "." has no name, and what lies beside it is not in it
+    results = out or where.with_name(f"{where.name}.{kind}")
+    refuse_inside(package, results)
+    return results
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from rich.table import Table
 from atoms.detectors import DETECTORS, get_detector
 from atoms.errors import ConfigError
 from atoms.mix import Mix, parse_mix
-from atoms.package import Package, refuse_inside
+from atoms.package import Package
 from atoms.storage import write_bytes
-from clients.harness import open_harness
+from clients.harness import open_harness, results_of
 from clients.tables import WIDE, print_table
 from offline.evaluation import figures
 from offline.evaluation.answers import Decoding
@@ -43,8 +43,7 @@ def run_sweep(
         for mix in chosen:
             package.check_range(mix)
     names = [get_detector(name).name for name in detectors] or list(DETECTORS)
-    work = out or path.with_name(path.name + ".sweep")
-    refuse_inside(path, work)
+    work = results_of(path, "sweep", out)
     with open_harness(package, work, decoding, options) as harness:
         rows = sweep(harness, prompts, chosen, names, kl_prompts, Progress(quiet=quiet))
     flat = table_rows(rows, decoding)

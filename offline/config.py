@@ -230,6 +230,7 @@ class DiscoverConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
 
     def __post_init__(self) -> None:
+        require(self.out.name not in ("", ".."), "out", str(self.out), "the path of a new directory, with a name")
         require(self.max_length >= 16, "max_length", self.max_length, "at least 16 tokens")
         require(self.batch_tokens >= 64, "batch_tokens", self.batch_tokens, "at least 64")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "at least 1")

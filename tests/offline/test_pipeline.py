@@ -233,6 +233,7 @@ def test_another_chat_template_starts_anew(
     [
         ({"name": "my package"}, "name is 'my package'"),
         ({"version": "1 beta"}, "version is '1 beta'"),
+        ({"out": Path(".")}, "out is '.'; it must be the path of a new directory"),
         ({"out": Path("my package")}, "from --out, is 'my package'"),
         ({"finetune": {"alpha": 0.0}}, "lora_alpha is 0.0"),
         ({"calibrate": {"coefficients": (-1.0, 1.0, float("nan"))}}, "coefficients is .*nan"),
