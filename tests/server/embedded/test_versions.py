@@ -99,6 +99,19 @@ async def test_requests_in_flight_end_on_their_version_and_new_ones_begin_on_the
     assert 'version="2.0"' in info
 
 
+async def test_a_server_has_died_with_the_engine_of_its_current_version_alone(
+    app: Application, client: AsyncClient, engine: ScriptedEngine, shelf: Shelf, package: Package, tmp_path: Path
+) -> None:
+    assert not app.died
+    engine.died = True
+    assert app.died
+    shelf.next = [version_of(package, tmp_path / "second", version="2.0")]
+    assert (await client.post(RELOAD)).status_code == 200
+    assert not app.died, "what is left of the old version concerns its own requests"
+    shelf.engines[0].died = True
+    assert app.died
+
+
 async def test_a_stream_goes_on_across_a_reload(
     client: AsyncClient, engine: ScriptedEngine, shelf: Shelf, package: Package, tmp_path: Path
 ) -> None:
