@@ -137,9 +137,16 @@ def find_linear(model: nn.Module, name: str) -> nn.Linear:
 
 @torch.no_grad()
 def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Adds s·B0·A0 to the weights in place, summed in fp32. Raises AdapterError if a module is missing or of other size."""
+    """Adds s·B0·A0 to the weights in place, summed in fp32.
+
+    Raises AdapterError if a module is missing, of other size, or has its weights from the input embedding.
+    """
+    embedding = model.get_input_embeddings().weight
     for module in adapter.space.modules:
         weight = find_linear(model, module.name).weight
+        if weight is embedding:  # PEFT adds the adapter to the logits alone
+            raise AdapterError(f"{module.name} shares its weights with the input embedding, which merging would change, too; "
+                               "train an adapter without it")  # fmt: skip
         if tuple(weight.shape) != (module.d_out, module.d_in):
             raise AdapterError(
                 f"{module.name} has weight {tuple(weight.shape)}; the adapter needs ({module.d_out}, {module.d_in})"

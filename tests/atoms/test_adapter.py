@@ -227,6 +227,18 @@ def test_an_adapter_for_another_model_does_not_fit(
             frozen_lora(tiny_model, tmp_path / named, space)
 
 
+def test_a_head_that_is_the_input_embedding_is_not_merged(tiny_model: PreTrainedModel) -> None:
+    head = find_linear(tiny_model, "lm_head")
+    space = LoRASpace.of([LoRAModule("lm_head", head.in_features, head.out_features, 4, 2.0)])
+    adapter = Adapter(space, space.unflatten(torch.ones(space.dim)), {"target_modules": ["lm_head"]})
+    merge_adapter(tiny_model, adapter)
+    head.weight = tiny_model.get_input_embeddings().weight
+    before = head.weight.clone()
+    with pytest.raises(AdapterError, match="lm_head shares its weights with the input embedding"):
+        merge_adapter(tiny_model, adapter)
+    assert torch.equal(head.weight, before)
+
+
 @pytest.fixture
 def bank(save_peft: SavePeft) -> AtomBank:
     base = read_adapter(save_peft(target_modules=SEVEN, lora_alpha=12))
