@@ -41,6 +41,8 @@ class TokenMatcher(Protocol):
         ...
 
 
+_GREEDY_BELOW = 1e-5
+"""A temperature below this draws as 0 does: dividing by it leaves only the most likely token, and 1e-46 is 0 in float32."""
 _TOP_P_PROBES = (256, 16_384)
 """top_p is tried on this many most likely tokens: the first nearly always suffice, and sorting V tokens is slow."""
 
@@ -129,7 +131,11 @@ class TokenSampler:
         """Whether the next token is the argmax of the raw logits."""
         p = self.params
         changed = self._matcher or self._penalizes_counts or p.repetition_penalty != 1 or p.logit_bias
-        return p.temperature == 0 and not changed
+        return self._is_greedy and not changed
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self.params.temperature < _GREEDY_BELOW
 
     @property
     def complete(self) -> bool:
@@ -143,7 +149,7 @@ class TokenSampler:
         if self._matcher is not None:
             logits = keep_allowed(logits, self._matcher.allowed(logits.shape[0]))
         logits = self._penalize(logits)
-        if p.temperature == 0:
+        if self._is_greedy:
             return int(logits.argmax())
         logits = (logits - logits.max()) / p.temperature
         if p.min_p > 0:

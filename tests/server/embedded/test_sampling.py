@@ -81,9 +81,13 @@ def test_a_draw_at_either_end_has_positive_probability() -> None:
     assert sampling.draw(logits, 1 - 2**-53) == 2
 
 
-def test_a_tiny_temperature_is_greedy(logits: Tensor) -> None:
-    sampler = TokenSampler(SamplingParams(temperature=1e-6, seed=0), [0])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-46, 5e-324])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"presence_penalty": 0.1}])
+def test_a_tiny_temperature_is_greedy(logits: Tensor, temperature: float, more: dict) -> None:
+    """1e-46 is 0 in float32, which nothing can be divided by."""
+    sampler = TokenSampler(SamplingParams(temperature=temperature, seed=0, **more), [0])
     assert sampler.sample(logits) == int(logits.argmax())
+    assert sampler.is_plain_greedy == ("presence_penalty" not in more)
 
 
 def test_penalties_count_generated_tokens_and_repetition_the_prompt_too(logits: Tensor) -> None:
