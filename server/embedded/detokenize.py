@@ -31,7 +31,8 @@ class TokenBytes:
     """Exact bytes of every token of one tokenizer.
 
     Byte-level BPE and SentencePiece-like vocabularies (``▁`` for a space, ``<0xAB>`` for a byte) are read directly; a
-    token of any other vocabulary is what decoding adds when it follows itself. Added tokens are their own text.
+    token of any other vocabulary is what decoding adds when it follows itself. Added tokens are their own text, in
+    SentencePiece-like vocabularies with a space for ``▁``, too (Gemma adds runs of them); special ones are as written.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -40,7 +41,8 @@ class TokenBytes:
         self._special = frozenset(tokenizer.all_special_ids)
         decoder = _decoder_types(tokenizer)
         self._byte_level = "ByteLevel" in decoder
-        self._pieces = not decoder or bool({"Metaspace", "ByteFallback", "Replace"} & decoder)
+        of_pieces = not decoder or bool({"Metaspace", "ByteFallback", "Replace"} & decoder)
+        self._pieces = of_pieces and not self._byte_level
         self._known: dict[int, bytes] = {}
 
     def is_special(self, token: int) -> bool:
@@ -55,7 +57,8 @@ class TokenBytes:
 
     def _read(self, token: int) -> bytes:
         if token in self._added:
-            return self._added[token].encode()
+            spaced = self._pieces and not self.is_special(token)
+            return (_with_spaces(self._added[token]) if spaced else self._added[token]).encode()
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):
             return b""
@@ -63,9 +66,13 @@ class TokenBytes:
             return bytes(_byte_level_alphabet()[character] for character in piece)
         if self._pieces:
             byte = _BYTE_TOKEN.fullmatch(piece)
-            return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+            return bytes([int(byte[1], 16)]) if byte else _with_spaces(piece).encode()
         once, twice = (str(self._tokenizer.decode([token] * times)) for times in (1, 2))
         return twice[len(once) :].encode()
+
+
+def _with_spaces(piece: str) -> str:
+    return piece.replace("▁", " ")
 
 
 def _decoder_types(tokenizer: PreTrainedTokenizerBase) -> set[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.embedded.detokenize import StopMatcher, TextStream, TokenBytes
@@ -61,6 +63,23 @@ def test_special_tokens_have_bytes_but_no_text(byte_level: PreTrainedTokenizerBa
     end = byte_level.eos_token_id
     assert _stream(byte_level, [end]) == ["", ""]
     assert TokenBytes(byte_level)[end] == byte_level.eos_token.encode()
+
+
+def test_added_tokens_of_pieces_have_spaces_as_decoding_has(pieces: PreTrainedTokenizerBase) -> None:
+    """Gemma adds its runs of spaces so. A special token is no text, whose name is left as it is."""
+    extended = copy.deepcopy(pieces)
+    extended.add_tokens([AddedToken("▁▁", normalized=False)])
+    extended.add_special_tokens({"eos_token": "<end▁of▁turn>"})
+    ids = extended.convert_tokens_to_ids(["▁hello", "▁▁", "▁world"])
+    assert "".join(_stream(extended, ids)) == " hello   world" == extended.decode(ids)
+    assert TokenBytes(extended)[extended.eos_token_id] == "<end▁of▁turn>".encode()
+
+
+def test_added_tokens_of_bytes_are_their_own_text(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """DeepSeek names its tool tokens with ▁, in a vocabulary where that is no space."""
+    extended = copy.deepcopy(tiny_tokenizer)
+    extended.add_tokens(["<tool▁call>"])
+    assert _stream(extended, [extended.convert_tokens_to_ids("<tool▁call>")]) == ["<tool▁call>", ""]
 
 
 def test_all_tokens_of_the_vocabulary_have_bytes(byte_level: PreTrainedTokenizerBase) -> None:
