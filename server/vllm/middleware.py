@@ -182,7 +182,7 @@ class SteeringMiddleware:
 
     def _check_limits(self, body: Mapping[str, Any]) -> None:
         """Raises InvalidFieldError for longer answers, more of them, larger grammars, or more log-probabilities a token than
-        may be asked for, and what `check_grammars` does.
+        may be asked for, UnsupportedFieldError for beam search, and what `check_grammars` does.
 
         (vLLM is told of the first limit for those that say nothing; its own of the last is higher, for measuring KL.)"""
         tokens, logprobs = self._limits.max_tokens, self._limits.max_logprobs
@@ -194,6 +194,9 @@ class SteeringMiddleware:
             asked = _number(body.get(name))
             if asked is not None and not 0 <= asked <= logprobs:
                 raise InvalidFieldError(f"{name} is {asked:g}; it must lie between 0 and {logprobs}", name)
+        if body.get("use_beam_search") not in (None, False):  # each beam's every step is a request to vLLM's engine
+            raise UnsupportedFieldError("use_beam_search is not supported here: neither quotas nor experiments could tell what "
+                                        "was generated for the answer; leave it out", "use_beam_search")  # fmt: skip
         self._check_sequences(body)
         check_grammars(body, self._limits, is_work_bounded=self._is_work_bounded)
 

@@ -238,6 +238,16 @@ async def test_prompts_times_n_are_limited(client_to, config: ServeConfig, body:
     assert param is None or response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("value", [True, 1, "true"])
+@pytest.mark.parametrize("path", [CHAT, "/invocations"])
+async def test_beam_search_is_refused(client: AsyncClient, path: str, value: object) -> None:
+    """Its engine requests, one a beam and token, would be charged and recorded as if each were an answer."""
+    response = await client.post(path, json={"model": "demo", "use_beam_search": value})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", "use_beam_search")
+    assert (await client.post(path, json={"model": "demo", "use_beam_search": False})).status_code == 200
+
+
 async def test_an_operators_routes_need_an_admin_key(
     config: ServeConfig, traffic: Traffic, metrics: SteeringMetrics
 ) -> None:
