@@ -213,12 +213,18 @@ class SteeringMiddleware:
                                         f"{self._limits.max_sequences}", name)  # fmt: skip
 
     def _default(self, scope: Scope, body: Mapping[str, Any]) -> SteeredCall:
-        """Other paths that generate get the server's default mix."""
+        """Other paths that generate get the server's default mix. Raises UnsupportedFieldError for a preset there,
+        ModelNotFoundError, PresetNotFoundError, and what `_check_limits` does."""
         context: RequestContext = scope["state"]["context"]
+        version = self._versions.current
         if scope["path"] in GENERATING_PATHS:
             begin_generating(context, self._traffic)
             self._check_limits(body)
-        version = self._versions.current
+            model = body.get("model")
+            if isinstance(model, str) and version.steering.preset_of_model(model) is not None:
+                raise UnsupportedFieldError(
+                    f"{scope['path']} cannot be steered, so not by the preset of model {model!r} either; give model "
+                    f"{version.steering.served_name!r}, or use {', '.join(sorted(STEERED_PATHS))}", "model")  # fmt: skip
         return SteeredCall(version, version.steering.resolve(None), version.steering.served_name, context=context)
 
 

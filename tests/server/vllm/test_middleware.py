@@ -204,6 +204,22 @@ async def test_paths_that_cannot_be_steered_refuse_steering_and_are_left_alone_w
     assert answer == {"id": "chatcmpl-1", "seen": {}, "body": {"model": "demo"}}
 
 
+async def test_a_preset_is_refused_where_the_default_mix_is_all_there_is(client: AsyncClient) -> None:
+    """On a path that does not generate it changes nothing."""
+    refused = await client.post("/invocations", json={"model": "demo:lists", "messages": []})
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"], error["param"]) == (400, "unsupported_parameter", "model")
+    assert "demo:lists" in error["message"]
+    unknown = await client.post("/invocations", json={"model": "demo:nope"})
+    assert (unknown.status_code, unknown.json()["error"]["param"]) == (404, "model")
+    for path, body in (
+        ("/invocations", {"model": "demo"}),
+        ("/invocations", {}),
+        ("/tokenize", {"model": "demo:lists"}),
+    ):
+        assert (await client.post(path, json=body)).json()["body"] == body
+
+
 @pytest.mark.parametrize("written", [int, float, str])
 @pytest.mark.parametrize("path", [CHAT, "/invocations"])
 @pytest.mark.parametrize(
