@@ -152,16 +152,7 @@ def set_engine_arguments(arguments: Any, package: Package) -> None:
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         raise ConfigError("VLLM_ALLOW_RUNTIME_LORA_UPDATING lets requests load adapters from paths, which cannot go with a "
                           "package; unset it")  # fmt: skip
-    if arguments.load_format not in (*_PLAIN_FORMATS, LOAD_FORMAT):
-        raise ConfigError(f"load format {arguments.load_format!r} cannot be steered: the base adapter is merged while "
-                          f"a checkpoint is read; use one of {', '.join(_PLAIN_FORMATS)}")  # fmt: skip
-    if arguments.speculative_config is not None:
-        raise ConfigError(
-            "speculative decoding and steering have not been tried together; leave --speculative-config out"
-        )
-    if arguments.worker_extension_cls not in ("", _WORKER):
-        raise ConfigError(f"worker extension {arguments.worker_extension_cls!r} stands in the place of atomsteer's, of which "
-                          "vLLM takes one; leave --worker-extension-cls out")  # fmt: skip
+    refuse_arguments(arguments)
     rank = 2 * max(module.rank for module in package.base_adapter.space.modules)
     ranks = [allowed for allowed in get_args(MaxLoRARanks) if allowed >= rank]
     if not ranks:
@@ -174,6 +165,28 @@ def set_engine_arguments(arguments: Any, package: Package) -> None:
     arguments.max_lora_rank = ranks[0]
     modules = package.base_adapter.space.modules
     arguments.lora_target_modules = sorted({module.name.rpartition(".")[2] for module in modules})
+
+
+def refuse_arguments(arguments: Any) -> None:
+    """Raises ConfigError for what a user may ask of vLLM and steering cannot go with."""
+    from atoms.errors import ConfigError
+
+    if arguments.load_format not in (*_PLAIN_FORMATS, LOAD_FORMAT):
+        raise ConfigError(f"load format {arguments.load_format!r} cannot be steered: the base adapter is merged while "
+                          f"a checkpoint is read; use one of {', '.join(_PLAIN_FORMATS)}")  # fmt: skip
+    if arguments.speculative_config is not None:
+        raise ConfigError(
+            "speculative decoding and steering have not been tried together; leave --speculative-config out"
+        )
+    if arguments.worker_extension_cls not in ("", _WORKER):
+        raise ConfigError(f"worker extension {arguments.worker_extension_cls!r} stands in the place of atomsteer's, of which "
+                          "vLLM takes one; leave --worker-extension-cls out")  # fmt: skip
+    if arguments.kv_transfer_config is not None:
+        raise ConfigError("a KV connector may give a request what another mix or base adapter has computed: some keep it by "
+                          "the tokens alone; leave --kv-transfer-config out, or give --kv-offloading-size")  # fmt: skip
+    if arguments.kv_offloading_size is not None and arguments.kv_offloading_backend != "native":
+        raise ConfigError(f"KV offloading backend {arguments.kv_offloading_backend!r} keeps what is computed by the tokens "
+                          "alone, so that mixes would share it; give --kv-offloading-backend native")  # fmt: skip
 
 
 def _drop_adapter_series() -> None:

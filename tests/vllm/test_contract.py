@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 
@@ -147,10 +148,26 @@ def test_engine_arguments_have_what_we_set(upstream) -> None:
         "lora_target_modules",
         "load_format",
         "speculative_config",
+        "kv_transfer_config",
+        "kv_offloading_size",
+        "kv_offloading_backend",
     ):
         assert name in fields
     assert fields["max_loras"].default == 1, "a user's own number can no longer be told from the default"
     assert {16, 32, 64} <= set(get_args(upstream.MaxLoRARanks))
+
+
+def test_offloaded_blocks_are_kept_by_the_hashes_that_hold_the_mix() -> None:
+    """Of the connectors those behind --kv-offloading-size, which is allowed: what others keep by the tokens mixes would share."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading import scheduler
+    from vllm.v1.simple_kv_offload import manager
+
+    chosen = inspect.getsource(VllmConfig._post_init_kv_transfer_config)
+    native = chosen[chosen.index('backend == "native"') : chosen.index('backend == "lmcache"')]
+    assert set(re.findall(r'"(\w+Connector)"', native)) == {"OffloadingConnector", "SimpleCPUOffloadConnector"}
+    assert "key = make_offload_key(req_block_hash" in inspect.getsource(scheduler)
+    assert "request.block_hashes[" in inspect.getsource(manager)
 
 
 def test_the_loader_streams_weights_through_the_method_that_we_wrap(upstream) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -117,6 +119,35 @@ def test_keys_are_in_the_environment_and_not_on_the_command_line(package: Packag
     assert "secret" not in " ".join(arguments(config, package))
     variables = environment(config, {"VLLM_PLUGINS": "theirs"})
     assert variables["ATOMSTEER_API_KEY"] == "secret-key" and variables["VLLM_PLUGINS"] == "theirs,atomsteer"
+
+
+def engine_arguments(**changes: Any) -> SimpleNamespace:
+    """vLLM's defaults, of what we look at."""
+    plain = {"load_format": "auto", "speculative_config": None, "worker_extension_cls": "", "kv_transfer_config": None,
+             "kv_offloading_size": None, "kv_offloading_backend": "native"}  # fmt: skip
+    return SimpleNamespace(**plain | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"load_format": "gguf"}, "load format 'gguf'"),
+        ({"speculative_config": {}}, "--speculative-config"),
+        ({"worker_extension_cls": "theirs.Worker"}, "--worker-extension-cls"),
+        ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
+        ({"kv_offloading_size": 4.0, "kv_offloading_backend": "lmcache"}, "'lmcache'.*backend native"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_steering_cannot_go_with_ends_the_start(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plugin.refuse_arguments(engine_arguments(**changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_offloading_size": 4.0}, {"kv_offloading_backend": "lmcache"}])
+def test_what_vllm_keeps_by_its_own_hashes_may_be_offloaded(changes: dict[str, Any]) -> None:
+    """Those of blocks hold the mix; without a size nothing is offloaded."""
+    plugin.refuse_arguments(engine_arguments(**changes))
 
 
 @pytest.mark.parametrize("plugins", [None, "", "others"])
