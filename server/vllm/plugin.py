@@ -181,6 +181,9 @@ def refuse_arguments(arguments: Any) -> None:
     if arguments.worker_extension_cls not in ("", _WORKER):
         raise ConfigError(f"worker extension {arguments.worker_extension_cls!r} stands in the place of atomsteer's, of which "
                           "vLLM takes one; leave --worker-extension-cls out")  # fmt: skip
+    if arguments.enable_sleep_mode:
+        raise ConfigError("sleep mode throws the weights away at level 2, and the resident atoms with them; leave "
+                          "--enable-sleep-mode out")  # fmt: skip
     if arguments.kv_transfer_config is not None:
         raise ConfigError("a KV connector may give a request what another mix or base adapter has computed: some keep it by "
                           "the tokens alone; leave --kv-transfer-config out, or give --kv-offloading-size")  # fmt: skip

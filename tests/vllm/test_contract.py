@@ -148,6 +148,7 @@ def test_engine_arguments_have_what_we_set(upstream) -> None:
         "lora_target_modules",
         "load_format",
         "speculative_config",
+        "enable_sleep_mode",
         "kv_transfer_config",
         "kv_offloading_size",
         "kv_offloading_backend",

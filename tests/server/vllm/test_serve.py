@@ -123,8 +123,8 @@ def test_keys_are_in_the_environment_and_not_on_the_command_line(package: Packag
 
 def engine_arguments(**changes: Any) -> SimpleNamespace:
     """vLLM's defaults, of what we look at."""
-    plain = {"load_format": "auto", "speculative_config": None, "worker_extension_cls": "", "kv_transfer_config": None,
-             "kv_offloading_size": None, "kv_offloading_backend": "native"}  # fmt: skip
+    plain = {"load_format": "auto", "speculative_config": None, "worker_extension_cls": "", "enable_sleep_mode": False,
+             "kv_transfer_config": None, "kv_offloading_size": None, "kv_offloading_backend": "native"}  # fmt: skip
     return SimpleNamespace(**plain | changes)
 
 
@@ -134,6 +134,7 @@ def engine_arguments(**changes: Any) -> SimpleNamespace:
         ({"load_format": "gguf"}, "load format 'gguf'"),
         ({"speculative_config": {}}, "--speculative-config"),
         ({"worker_extension_cls": "theirs.Worker"}, "--worker-extension-cls"),
+        ({"enable_sleep_mode": True}, "--enable-sleep-mode"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "--kv-transfer-config"),
         ({"kv_offloading_size": 4.0, "kv_offloading_backend": "lmcache"}, "'lmcache'.*backend native"),
     ],
