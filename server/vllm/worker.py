@@ -21,6 +21,7 @@ from atoms.mix import Mix
 from atoms.package import Package
 from server.vllm.compiled import hook
 from server.vllm.identity import decode_path, digest_of_name, is_mix
+from server.vllm.modules import refuse_modules
 from server.vllm.residents import Resident, Residents
 from server.vllm.slots import FusedPart, MixSlots, SlotBank, SlottedLinear
 from server.vllm.upstream import (
@@ -168,12 +169,10 @@ class _MixManager(LRUCacheLoRAModelManager, ABC):
                 self.remove_adapter(number)
 
     def _module_names(self) -> dict[str, str]:
-        """vLLM's name -> the package's, of every adapted linear."""
+        """vLLM's name -> the package's, of every adapted linear. Raises AdapterError for one that cannot be steered."""
         names = {}
+        refuse_modules(module.name for module in self._base.space.modules)
         for module in self._base.space.modules:
-            if ".experts." in module.name:
-                raise AdapterError(f"{module.name} belongs to a mixture of experts, which cannot be steered inside vLLM; use "
-                                   "the embedded engine, or train an adapter without them")  # fmt: skip
             renamed = self._renames.get_rename_mapper().map_name(module.name) if self._renames else module.name
             names[renamed or module.name] = module.name
         return names

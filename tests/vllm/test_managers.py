@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from atoms.errors import AdapterError, EngineError
 from atoms.mix import Mix
 from atoms.package import Package
+from atoms.space import LoRASpace
 from server.vllm.identity import encode_path
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -64,11 +66,11 @@ def model(vllm_config) -> nn.Module:
 
 @pytest.fixture
 def build(vllm_config, model: nn.Module, tiny_package: Package) -> Callable:
-    def make(kind: type):
+    def make(kind: type, package: Package = tiny_package):
         from vllm.config.lora import LoRAConfig
 
         lora = LoRAConfig(max_lora_rank=8, max_loras=4, lora_dtype=torch.float32, target_modules=["q_proj", "v_proj"])
-        return kind(tiny_package, model=model, vllm_config=vllm_config, max_num_seqs=8, max_num_batched_tokens=64,
+        return kind(package, model=model, vllm_config=vllm_config, max_num_seqs=8, max_num_batched_tokens=64,
                     vocab_size=400, lora_config=lora, device=torch.device("cpu"))  # fmt: skip
 
     return make
@@ -195,6 +197,19 @@ def test_a_model_without_the_packages_modules_is_refused(build, model) -> None:
     model.model.layers = model.model.layers[:1]
     with pytest.raises(AdapterError, match=r"no linear for model\.layers\.1"):
         build(HookManager)
+
+
+@pytest.mark.parametrize("kind", ["DenseManager", "HookManager"])
+def test_a_package_of_linears_that_vllm_does_not_call_is_refused(build, tiny_package, kind: str) -> None:
+    from server.vllm import worker
+
+    modules = [
+        replace(one, name=one.name.replace("v_proj", "kv_b_proj")) for one in tiny_package.base_adapter.space.modules
+    ]
+    base = replace(tiny_package.base_adapter, space=LoRASpace.of(modules))
+    package = types.SimpleNamespace(base_adapter=base, composition=tiny_package.composition)
+    with pytest.raises(AdapterError, match="kv_b_proj is absorbed"):
+        build(getattr(worker, kind), package)
 
 
 @pytest.fixture
