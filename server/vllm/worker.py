@@ -171,7 +171,7 @@ class _MixManager(LRUCacheLoRAModelManager, ABC):
     def _module_names(self) -> dict[str, str]:
         """vLLM's name -> the package's, of every adapted linear. Raises AdapterError for one that cannot be steered."""
         names = {}
-        refuse_modules(module.name for module in self._base.space.modules)
+        refuse_modules((module.name for module in self._base.space.modules), self.model)
         for module in self._base.space.modules:
             renamed = self._renames.get_rename_mapper().map_name(module.name) if self._renames else module.name
             names[renamed or module.name] = module.name

@@ -90,6 +90,14 @@ def test_fused_linears_say_what_they_fuse() -> None:
     assert renames.map_name("model.layers.0.q_proj") == "language_model.model.layers.0.q_proj"
 
 
+def test_linears_that_are_refused_are_there_by_the_names_that_we_look_for() -> None:
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+    from vllm.model_executor.models.llama4 import Llama4ForCausalLM
+
+    assert {"name", "loaded_weight"} <= set(parameters(Llama4ForCausalLM.permute_qk_weight_for_rotary))
+    assert "split_kv_b_proj(\n            self.kv_b_proj" in inspect.getsource(MLAAttention), "is it called again?"
+
+
 def test_a_mapping_has_an_id_for_each_token(upstream) -> None:
     assert {"index_mapping", "prompt_mapping"} <= set(parameters(upstream.LoRAMapping))
 
