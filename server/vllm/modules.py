@@ -5,7 +5,7 @@ Knows names and torch's modules, and imports nothing of vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -25,6 +25,29 @@ def refuse_modules(names: Iterable[str], model: nn.Module) -> None:
             _refuse(name, "is absorbed into vLLM's attention (MLA), so that it")
         if permutes and name.endswith((".q_proj", ".k_proj")):
             _refuse(name, f"has its outputs in another order in vLLM's {type(model).__name__}, so that it")
+
+
+def require_modules(names: Mapping[str, str], found: Collection[str], model: nn.Module, placeholder: type) -> None:
+    """Raises AdapterError if `model` has not all that it should of the linears called `names` (vLLM's name -> the package's);
+    `found` are the package's names of those that it has. What a module of type `placeholder` stands for another rank of the
+    pipeline has."""
+    missing = sorted(
+        own for name, own in names.items() if own not in found and not isinstance(_nearest(model, name), placeholder)
+    )
+    if missing:
+        raise AdapterError(f"vLLM's {type(model).__name__} has no linear for {missing[0]} ({len(missing)} of the package's "
+                           "modules); it cannot be steered there, use the embedded engine")  # fmt: skip
+
+
+def _nearest(model: nn.Module, name: str) -> nn.Module:
+    """The module `name`, or the innermost that there is of those which should contain it."""
+    module = model
+    for part in name.split("."):
+        inner = getattr(module, part, None)
+        if not isinstance(inner, nn.Module):
+            break
+        module = inner
+    return module
 
 
 def _refuse(name: str, why: str) -> None:

@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.sampling_params import SamplingParams
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.worker.gpu_input_batch import InputBatch
@@ -42,6 +43,7 @@ __all__ = [
     "LoRARequest",
     "MaxLoRARanks",
     "ModelConfig",
+    "PPMissingLayer",
     "PackedLoRALayerWeights",
     "PrometheusStatLogger",
     "SamplingParams",

@@ -21,7 +21,7 @@ from atoms.mix import Mix
 from atoms.package import Package
 from server.vllm.compiled import hook
 from server.vllm.identity import decode_path, digest_of_name, is_mix
-from server.vllm.modules import refuse_modules
+from server.vllm.modules import refuse_modules, require_modules
 from server.vllm.residents import Resident, Residents
 from server.vllm.slots import FusedPart, MixSlots, SlotBank, SlottedLinear
 from server.vllm.upstream import (
@@ -32,6 +32,7 @@ from server.vllm.upstream import (
     LRUCacheLoRAModelManager,
     LRUCacheWorkerLoRAManager,
     PackedLoRALayerWeights,
+    PPMissingLayer,
     VllmConfig,
 )
 
@@ -140,7 +141,6 @@ class _MixManager(LRUCacheLoRAModelManager, ABC):
     def __init__(self, package: Package, *, model: nn.Module, vllm_config: VllmConfig, **options: Any) -> None:
         self._base, self._composition = package.base_adapter, package.composition
         self._renames = getattr(model, "hf_to_vllm_mapper", None)
-        self._complete = vllm_config.parallel_config.pipeline_parallel_size == 1
         self._layers = vllm_config.compilation_config.static_forward_context
         super().__init__(model=model, vllm_config=vllm_config, **options)
 
@@ -183,14 +183,6 @@ class _MixManager(LRUCacheLoRAModelManager, ABC):
         parts = self.packed_modules_mapping.get(last, [last])
         return [f"{prefix}.{part}" if prefix else part for part in parts]
 
-    def _require_all(self, found: set[str], names: dict[str, str]) -> None:
-        missing = sorted(set(names.values()) - found)
-        if missing and self._complete:  # with pipeline parallelism other ranks have them
-            raise AdapterError(
-                f"vLLM's {type(self.model).__name__} has no linear for {missing[0]} ({len(missing)} of the package's "
-                "modules); it cannot be steered there, use the embedded engine"
-            )
-
 
 class DenseManager(_MixManager):
     """Composes a mix's factors on the worker's device into vLLM's own slots."""
@@ -201,7 +193,7 @@ class DenseManager(_MixManager):
         self._device_base = replace(self._base, tensors=self._moved(self._base.tensors))
         self._delta: Delta = {}
         found = {self._names[part] for name in self.modules for part in self._parts_of(name) if part in self._names}
-        self._require_all(found, self._names)
+        require_modules(self._names, found, self.model, PPMissingLayer)
 
     def stack(self, bank: AtomBank) -> AtomBank:
         return replace(bank, base=self._device_base, a=self._moved(bank.a), b=self._moved(bank.b))
@@ -263,7 +255,7 @@ class HookManager(_MixManager):
                 self._slots.linears.append(linear)
                 self._linears.append(_SteeredLinear(linear, self._slots))
                 module.register_forward_hook(hook(self._linears[-1], name, self._layers))
-        self._require_all(found, names)
+        require_modules(names, found, self.model, PPMissingLayer)
 
     def stack(self, bank: AtomBank) -> SlotBank:
         return self._slots.stack(bank)

@@ -98,6 +98,15 @@ def test_linears_that_are_refused_are_there_by_the_names_that_we_look_for() -> N
     assert "split_kv_b_proj(\n            self.kv_b_proj" in inspect.getsource(MLAAttention), "is it called again?"
 
 
+def test_layers_of_other_ranks_have_stand_ins(upstream) -> None:
+    from vllm.model_executor.models.utils import make_layers
+
+    source = inspect.getsource(make_layers)
+    assert "[PPMissingLayer() for _ in range(start_layer)]" in source
+    assert "[PPMissingLayer() for _ in range(end_layer, num_hidden_layers)]" in source
+    assert upstream.PPMissingLayer.__name__ == "PPMissingLayer"
+
+
 def test_a_mapping_has_an_id_for_each_token(upstream) -> None:
     assert {"index_mapping", "prompt_mapping"} <= set(parameters(upstream.LoRAMapping))
 
