@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 
 from atoms.errors import ConfigError
 from atoms.package import Package
@@ -45,6 +46,9 @@ def arguments(config: ServeConfig, package: Package, more: Sequence[str] = ()) -
             raise ConfigError(f"{option} is atomsteer's to set; use the option of `atomsteer serve`")
         if option.partition("=")[0] == "--root-path":
             refuse_root_path(option)
+    if "--max-loras=1" in more or ("--max-loras", "1") in pairwise(more):
+        raise ConfigError("--max-loras 1 is vLLM's default, which stands for as many distinct mixes as sequences; give 2 or "
+                          "more, or leave it out")  # fmt: skip
     if config.device != "auto":
         raise ConfigError(f"device is {config.device!r}; vLLM chooses the one it was built for, leave --device out")
     if config.port == 0:

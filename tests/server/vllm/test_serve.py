@@ -92,6 +92,15 @@ def test_options_that_would_break_steering_are_refused(package: Package, config:
         arguments(config, package, [option])
 
 
+@pytest.mark.parametrize("value", [["--max-loras", "1"], ["--max-loras=1"]])
+def test_a_number_of_mixes_that_would_be_ignored_is_refused(
+    package: Package, config: ServeConfig, value: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match="give 2 or more"):
+        arguments(config, package, value)
+    assert arguments(config, package, ["--max-loras", "16"])[-2:] == ["--max-loras", "16"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
