@@ -40,7 +40,8 @@ def merge_stream(weights: Weights, adapter: Adapter, dtype: torch.dtype) -> Iter
     if modules:
         raise WrongBaseError(
             f"the checkpoint has no {sorted(modules)[0]} ({len(modules)} of the adapter's modules are missing), so θ0 "
-            "cannot be merged; give the unquantised base model that the package was made for"
+            "cannot be merged: it is quantised, or names its tensors otherwise than transformers; give the base model that the "
+            "package was made for, unquantised, as transformers saves it"
         )
 
 

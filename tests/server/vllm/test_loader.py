@@ -48,6 +48,17 @@ def test_a_checkpoint_without_an_adapted_weight_is_refused(checkpoint, tiny_pack
         list(merge_stream(checkpoint.items(), tiny_package.base_adapter, torch.float32))
 
 
+def test_a_checkpoint_with_other_names_is_refused_for_its_names(checkpoint, tiny_package: Package) -> None:
+    """What cannot be compared may pass; what θ0 is merged into must be found."""
+    renamed = {name.replace("self_attn.", "attention."): tensor for name, tensor in checkpoint.items()}
+    expected = tiny_package.manifest.base_model.weights
+    said: list[str] = []
+    stream = checked(renamed.items(), frozenset(checkpoint), expected, "tiny", said.append)
+    with pytest.raises(WrongBaseError, match=r"self_attn.*names its tensors otherwise than transformers"):
+        list(merge_stream(stream, tiny_package.base_adapter, torch.float32))
+    assert "other names" in said[0]
+
+
 def test_a_weight_of_another_size_is_refused(checkpoint, tiny_package: Package) -> None:
     name = f"{tiny_package.base_adapter.space.modules[0].name}.weight"
     checkpoint[name] = checkpoint[name][:-1]
