@@ -5,6 +5,9 @@
 
 So a check reads a row an arm and metric, however many exposures there are. The sums are part of the transaction that
 writes the records. What a value is belongs to `measures`, which computes the same moments from the records themselves.
+
+Sums in floating point keep about 16 digits of the largest value that they ever held. Where one goes beside which what stays
+is small, an outlier that is corrected or forgotten, the arm's sums are therefore added up anew from its units.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, select
+from sqlalchemy import Connection, bindparam, delete, func, select
 
 from server.experiments.measures import ArmMoments, moments_from_sums
 from server.experiments.spec import Experiment
@@ -25,6 +28,9 @@ from server.store.tables import arm_sums, unit_sums
 EXPOSED = ""
 """In place of a metric: counts the arm's exposed units. No metric has an empty name."""
 _KEYS_A_QUERY = 5_000
+_DWARFS = 1e3
+"""An arm's sums are added up anew when the squares that went are more than this many times those that stay. Rare: one unit
+must have outweighed all others together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,32 @@ class Change:
 
 
 _Key = tuple[int, str, str, str]  # experiment, metric, unit, arm
+_Arm = tuple[int, str, str]  # experiment, metric, arm
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is added to an arm's sums, and how much of its squares goes."""
+
+    units: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    removed: float = 0.0
+
+    def take(self, count: int, total: float) -> None:
+        """A unit's values as they were."""
+        if count:
+            self.units -= 1
+            self.total -= total / count
+            self.squares -= (total / count) ** 2
+            self.removed += (total / count) ** 2
+
+    def give(self, count: int, total: float) -> None:
+        """A unit's values as they are from now on."""
+        if count:
+            self.units += 1
+            self.total += total / count
+            self.squares += (total / count) ** 2
 
 
 def add(connection: Connection, changes: Iterable[Change]) -> None:
@@ -53,7 +85,7 @@ def add(connection: Connection, changes: Iterable[Change]) -> None:
     if not keys:
         return
     before = _locked(connection, keys)
-    steps: dict[tuple[int, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    steps: dict[_Arm, _Step] = defaultdict(_Step)
     rows = []
     for key in keys:
         experiment_id, metric, unit, arm = key
@@ -61,11 +93,8 @@ def add(connection: Connection, changes: Iterable[Change]) -> None:
         new = (old[0] + new[0], old[1] + new[1]) if old[0] + new[0] else (0, 0.0)
         rows.append({"e": experiment_id, "m": metric, "u": unit, "count": new[0], "sum": new[1]})
         step = steps[experiment_id, metric, arm]
-        for sign, (count, total) in ((-1, old), (1, new)):
-            if count:
-                step[0] += sign
-                step[1] += sign * total / count
-                step[2] += sign * (total / count) ** 2
+        step.take(*old)
+        step.give(*new)
     connection.execute(_SET_UNIT, rows)
     _add_to_arms(connection, steps)
 
@@ -120,16 +149,35 @@ def _locked(connection: Connection, keys: list[_Key]) -> dict[tuple[int, str, st
     return found
 
 
-def _add_to_arms(connection: Connection, steps: Mapping[tuple[int, str, str], list[float]]) -> None:
+def _add_to_arms(connection: Connection, steps: Mapping[_Arm, _Step]) -> None:
     insert = insert_into(connection, arm_sums)
     added = insert.on_conflict_do_update(
         index_elements=["experiment_id", "metric", "arm"],
         set_={name: arm_sums.c[name] + insert.excluded[name] for name in ("units", "total", "squares")},
+    ).returning(*arm_sums.primary_key, arm_sums.c.squares)
+    rows = connection.execute(added, [
+        {"experiment_id": e, "metric": m, "arm": a, "units": step.units, "total": step.total, "squares": step.squares}
+        for (e, m, a), step in sorted(steps.items())
+    ]).all()  # fmt: skip
+    for *key, left in rows:
+        if steps[tuple(key)].removed > _DWARFS * max(left, 0.0):
+            _add_up(connection, tuple(key))
+
+
+def _add_up(connection: Connection, arm: _Arm) -> None:
+    """An arm's sums anew, from its units. The caller has changed the arm's row: who changes units of it as well waits for
+    that, and what they add comes on top."""
+    value = unit_sums.c.total / unit_sums.c.n
+    where = (
+        unit_sums.c.experiment_id == arm[0],
+        unit_sums.c.metric == arm[1],
+        unit_sums.c.arm == arm[2],
+        unit_sums.c.n > 0,
     )
-    connection.execute(added, [
-        {"experiment_id": e, "metric": m, "arm": a, "units": int(units), "total": total, "squares": squares}
-        for (e, m, a), (units, total, squares) in sorted(steps.items())
-    ])  # fmt: skip
+    query = select(func.count(), func.coalesce(func.sum(value), 0.0), func.coalesce(func.sum(value * value), 0.0))
+    units, total, squares = connection.execute(query.where(*where)).one()
+    ours = (arm_sums.c.experiment_id == arm[0], arm_sums.c.metric == arm[1], arm_sums.c.arm == arm[2])
+    connection.execute(arm_sums.update().where(*ours).values(units=units, total=total, squares=squares))
 
 
 _SET_UNIT = (

@@ -109,6 +109,48 @@ def test_sums_of_two_replicas_that_write_at_once(
     assert_sums_hold(state, guarded)
 
 
+OUTLIER = 1e9
+
+
+def answer_and_report(state: State, experiment: Experiment, values: dict[str, float]) -> None:
+    """Every unit's one response, and its `spent`."""
+    for n, (unit, value) in enumerate(values.items()):
+        assignment = Assignment(experiment.id, unit, ("plain", "listed")[n % 2])
+        state.recorder.exposed(assignment)
+        state.recorder.finished(assignment, FinishedResponse(f"r-{unit}", [Choice("x", 1, "stop")], 1.0))
+        state.recorder.report(experiment.id, [Outcome(f"r-{unit}", "spent", value)])
+    state.recorder.erase("nobody at all").result(30)
+
+
+@pytest.mark.parametrize("way", ["corrected", "forgotten", "both at once"])
+def test_an_outlier_that_goes_leaves_no_error_behind(state: State, guarded: Experiment, way: str) -> None:
+    """1e18 and the squares of sixty small values do not fit into one double."""
+    answer_and_report(state, guarded, {f"u{n}": n % 3 for n in range(120)} | {"odd": OUTLIER, "too": OUTLIER})
+    if way != "forgotten":
+        state.recorder.report(guarded.id, [Outcome("r-odd", "spent", 1.0), Outcome("r-too", "spent", 1.0)]).result(30)
+    if way != "corrected":
+        state.recorder.erase("odd").result(30)
+        state.recorder.erase("too").result(30)
+    assert_sums_hold(state, guarded)
+
+
+def test_sums_that_have_lost_digits_stop_nothing(state: State, package: Any, config: Any, spec: dict[str, Any]) -> None:
+    """A variance of 0 where there is one makes an interval of no width, which is surely above any limit."""
+    rails = {"guardrails": [{"metric": "spent", "max": 0.9}], "horizon": 200}
+    parsed = ExperimentSpec.model_validate(spec | rails).completed()
+    arms = Steering.of(package, config).freeze(parsed)
+    started = state.experiments.start(state.experiments.create(parsed, arms, "1.0"), arms, "1.0")
+    state.refresh()
+    answer_and_report(state, started, {f"u{n}": n // 2 % 3 for n in range(120)})
+    with state.database.write() as connection:
+        connection.execute(arm_sums.update().where(arm_sums.c.metric == "spent").values(squares=0.0))
+    state.guard()
+    assert state.experiments.get("tone").status == "running"
+    answer_and_report(state, started, {f"u{n}": 2.0 for n in range(120)})
+    state.guard()
+    assert state.experiments.get("tone").status == "stopped", "what is broken for sure is stopped as before"
+
+
 def test_nothing_is_summed_for_an_experiment_without_guardrails(
     state: State, package: Any, config: Any, spec: dict[str, Any]
 ) -> None:
