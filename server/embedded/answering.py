@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from server.context import RequestContext
 from server.embedded.formats import AnswerFormat, dump
 from server.embedded.generation import Answer, Arrival, Sequences, ServedEngine, gather_answers
 from server.errors import error_kind
+from server.experiments.measures import HUNG_UP
 from server.experiments.recording import Choice, FinishedResponse, Recorder
 from server.experiments.spec import Assignment
 from server.metrics import ServerMetrics
@@ -37,12 +39,21 @@ class Recording:
         )
 
     def failed(self, error: Exception) -> None:
-        """Records a failure of the server's; a client that hung up or asked for too much is none."""
+        """Records a failure of the server's; a client that asked for too much is none."""
         status = error_kind(error).status
         if status >= 500:
-            self.recorder.finished(
-                self.assignment, FinishedResponse(self.response_id, (), self.context.seconds, status=status)
-            )
+            self._left(status)
+
+    def hung_up(self) -> None:
+        """Records that the client left. Without this the answers that users stop would be missing, and an arm that rambles
+        would look better for it."""
+        self._left(HUNG_UP)
+
+    def _left(self, status: int) -> None:
+        """Of a response that has been recorded as finished the first row counts."""
+        self.recorder.finished(
+            self.assignment, FinishedResponse(self.response_id, (), self.context.seconds, status=status)
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,10 @@ class Answering:
             # the engine knows tokens and not which body they came in
             param = self.prompt_field if error.param == "messages" else error.param
             raise RequestTooLongError(str(error), param) from error
+        except asyncio.CancelledError:
+            if self.recording is not None:
+                self.recording.hung_up()
+            raise
         except Exception as error:
             if self.recording is not None:
                 self.recording.failed(error)

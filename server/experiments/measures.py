@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Float, case, cast, func, liter
 
 from atoms.detectors import DETECTORS
 from atoms.non_answers import is_degenerate, is_refusal
+from server.errors import ClientDisconnectedError, error_kind
 from server.experiments.spec import AUTOMATIC, DETECTOR_PREFIX, MEASURED_KL, Experiment
 from server.experiments.statistics import Moments
 from server.store.tables import exposures, outcomes, responses
@@ -21,6 +22,8 @@ from server.store.tables import exposures, outcomes, responses
 ArmMoments = dict[str, Moments]
 """Arm -> moments; arms without any unit are missing."""
 
+HUNG_UP = error_kind(ClientDisconnectedError("")).status
+"""The status of a response whose client left before its end."""
 _ANSWERED = responses.c.status == 200
 _MARKS = {"degenerate": is_degenerate, "refusal": is_refusal}
 
@@ -33,7 +36,7 @@ def marks(response: str, prompt: str) -> str:
 
 
 def _share(condition: ColumnElement[bool]) -> ColumnElement[float]:
-    """1 or 0 for an answered response, null for one that failed."""
+    """1 or 0 for an answered response, null for one that failed or whose client hung up."""
     return case((_ANSWERED, case((condition, 1.0), else_=0.0)), else_=null())
 
 
@@ -44,6 +47,7 @@ def _answered(column: ColumnElement[Any]) -> ColumnElement[float]:
 def _expressions() -> dict[str, ColumnElement[float]]:
     measured = {
         "error": case((responses.c.status >= 500, 1.0), else_=0.0),
+        "hung_up": case((responses.c.status == HUNG_UP, 1.0), else_=0.0),
         "latency_seconds": _answered(responses.c.seconds),
         "first_token_seconds": _answered(responses.c.first_token_seconds),
         "tokens": _answered(responses.c.tokens),
@@ -55,8 +59,9 @@ def _expressions() -> dict[str, ColumnElement[float]]:
 
 
 EXPRESSIONS: Mapping[str, ColumnElement[float]] = MappingProxyType(_expressions())
-"""Automatic metric -> its value for one response. ``error`` is the share of responses that failed with a 5xx. The one
-that is missing, ``measured_kl``, is stored as outcomes are, when it has been measured."""
+"""Automatic metric -> its value for one response. ``error`` is the share of responses that failed with a 5xx, ``hung_up``
+of those whose client left before the end; all others are of answered responses alone. The one that is missing,
+``measured_kl``, is stored as outcomes are, when it has been measured."""
 
 PROPORTIONS = frozenset(AUTOMATIC) - {"latency_seconds", "first_token_seconds", "tokens", "characters", MEASURED_KL}
 

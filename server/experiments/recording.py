@@ -1,8 +1,8 @@
 """What is observed, on its way to the database, off the request path.
 
 A host calls two things: `Recorder.exposed` once it knows a request's arm, `Recorder.finished` once the response is
-complete, before its last byte is sent. Both return at once. Detectors run on the writer's thread. Outcomes that clients
-report are acknowledged when they are durable.
+complete, before its last byte is sent, or has come to no end: who stops an answer may have an opinion of it. Both return
+at once. Detectors run on the writer's thread. Outcomes that clients report are acknowledged when they are durable.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class FinishedResponse:
-    """A response that is complete, or failed with `status` and has no choices. Times are seconds since the request came."""
+    """A response that is complete, or came to no end and has no choices: `status` is then that of the failure, or `HUNG_UP`.
+    Times are seconds since the request came."""
 
     response_id: str
     choices: Sequence[Choice]

@@ -29,8 +29,8 @@ DETECTOR_PREFIX = "detector:"
 MEASURED_KL = "measured_kl"
 """The metric that `drift` measures of a share of the responses."""
 AUTOMATIC = frozenset({
-    "error", "latency_seconds", "first_token_seconds", "tokens", "characters", "truncated", "degenerate", "refusal",
-    MEASURED_KL,
+    "error", "hung_up", "latency_seconds", "first_token_seconds", "tokens", "characters", "truncated", "degenerate",
+    "refusal", MEASURED_KL,
     *(f"{DETECTOR_PREFIX}{name}" for name in DETECTORS),
 })  # fmt: skip
 """Metrics that the server records of every response; `measures` says what they mean."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -23,8 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from atoms.errors import AtomsteerError, EngineStoppedError
 from server.context import REQUEST_ID_HEADER, RequestContext, Traffic, begin_generating
-from server.errors import InvalidFieldError, InvalidJSONError, UnsupportedFieldError, error_body
+from server.errors import InvalidFieldError, InvalidJSONError, UnsupportedFieldError, error_body, error_kind
 from server.experiments.drift import Answered, DriftSampler
+from server.experiments.measures import HUNG_UP
 from server.experiments.recording import Choice, FinishedResponse
 from server.experiments.spec import Subject
 from server.limits import Limits
@@ -39,6 +41,8 @@ from server.vllm.versions import WorkerVersion, WorkerVersions
 STEERED_PATHS = frozenset({
     "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages",
 })  # fmt: skip
+_ERROR_CODE = re.compile(rb'"code": ?([45]\d\d)\b')
+"""Within the object of an error; the quotes of a text in it are escaped."""
 current: ContextVar[SteeredCall | None] = ContextVar("atomsteer_call", default=None)
 """The request that this task works for. Tasks started for it inherit it."""
 Score = Callable[[WorkerVersion, Answered], Awaitable[float]]
@@ -122,12 +126,16 @@ class SteeringMiddleware:
         except AtomsteerError as error:
             return await error_response(error)(scope, receive, send)
         token = current.set(call)
+        answered = call if scope["path"] in STEERED_PATHS else None
+        answer = _Answer(answered, send, self._traffic, self._drift, self._score)
         try:
-            answered = call if scope["path"] in STEERED_PATHS else None
-            scope = _with_own_id(scope)
             with call.version.used() if call is not None else nullcontext():
-                await self._run(scope, replayed, _Answer(answered, send, self._traffic, self._drift, self._score))
+                await self._run(_with_own_id(scope), replayed, answer)
+        except Exception as error:
+            answer.failed(error)
+            raise
         finally:
+            answer.close()
             current.reset(token)
 
     async def _run(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
@@ -230,7 +238,8 @@ class SteeringMiddleware:
 
 class _Answer:
     """The answer on its way out. Its first message waits for the second, which may be of another length. Without a
-    `call` it passes as it is. While the server drains, a failure is withheld: `is_withheld` says so."""
+    `call` it passes as it is. While the server drains, a failure is withheld: `is_withheld` says so. One of an experiment is
+    recorded with its last byte, or when it is closed without."""
 
     def __init__(
         self, call: SteeredCall | None, send: Send, traffic: Traffic, drift: DriftSampler | None, score: Score
@@ -244,6 +253,7 @@ class _Answer:
         self._begun = self._ended = False
         self._start: Message | None = None
         self._status = 0
+        self._failure: int | None = None
         self._is_stream = self._echoed = False
         self._response_id: str | None = None
 
@@ -256,22 +266,32 @@ class _Answer:
             return
         if message["type"] == "http.response.body":
             body, last = message.get("body", b""), not message.get("more_body")
+            self._failure = self._failure or _failure_in(body)
             if self._call is not None and not self._echoed and self._status == 200 and body:
                 message = {**message, "body": self._with_echo(self._call, body)}
             if body or last:
                 await self._release()
             if last:
-                self._record()
                 self._ended = True
+                self._record()
         await self._send(message)
 
     async def break_off(self, scope: Scope, receive: Receive, error: Exception) -> None:
         """Ends an answer that will not be finished: with the error's status, or with its event where a stream runs."""
+        self.failed(error)
         if not self._begun:
             await error_response(error)(scope, receive, self._send)
         elif not self._ended:
             event = _error_event(scope["path"], error) if self._is_stream else b""
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+    def failed(self, error: Exception) -> None:
+        """What answers was left with `error`."""
+        self._failure = self._failure or error_kind(error).status
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._record()
 
     def _with_echo(self, call: SteeredCall, body: bytes) -> bytes:
         """`body` with the echo, where it begins the answer's (first) object."""
@@ -297,16 +317,23 @@ class _Answer:
         call, drift, self._drift = self._call, self._drift, None
         if drift is None or call is None or call.context is None:
             return
-        assignment = call.steering.assignment
-        choices = tuple(choice for _, choice in sorted(call.choices.items()))
-        if self._status == 200 and self._response_id is not None:
-            drift.recorder.finished(assignment, FinishedResponse(self._response_id, choices, call.context.seconds,
-                                                                 call.first_token_seconds))  # fmt: skip
+        assignment, seconds, status = call.steering.assignment, call.context.seconds, self._outcome()
+        if status == 200 and self._response_id is not None:
+            choices = tuple(choice for _, choice in sorted(call.choices.items()))
+            response = FinishedResponse(self._response_id, choices, seconds, call.first_token_seconds)
+            drift.recorder.finished(assignment, response)
             prompt = call.first[1] if call.first is not None else ()
             drift.offer(call.steering, self._response_id, prompt, call.response, partial(self._score, call.version))
-        elif self._status >= 500:
-            drift.recorder.finished(assignment, FinishedResponse(f"failed-{uuid4().hex}", (), call.context.seconds,
-                                                                 status=self._status))  # fmt: skip
+        elif status >= 500 or status == HUNG_UP:
+            response_id = self._response_id or f"failed-{uuid4().hex}"
+            drift.recorder.finished(assignment, FinishedResponse(response_id, (), seconds, status=status))
+
+    def _outcome(self) -> int:
+        """The status that says how the answer came out, which a stream's own does not."""
+        if self._failure is not None:
+            return self._failure
+        is_answered = self._ended and (self._status != 200 or self._response_id is not None)
+        return self._status if is_answered else HUNG_UP  # vLLM says null, status 200, to a client that hung up
 
 
 def _with_own_id(scope: Scope) -> Scope:
@@ -329,6 +356,17 @@ def with_echo(body: bytes, echo: Mapping[str, object], *, is_stream: bool) -> by
         opening = b'"response":{'
     before, found, after = body.partition(opening)
     return before + found + entry + after if found else body
+
+
+def _failure_in(event: bytes) -> int | None:
+    """The status of the error that an event of a stream reports, None for every other: vLLM ends a stream that fails as it
+    ends one that does not. Its form of Anthropic's API tells no status."""
+    if event.startswith(b"event: error\n"):
+        return 500
+    if not event.startswith(b'data: {"error"'):
+        return None
+    code = _ERROR_CODE.search(event)
+    return int(code[1]) if code else 500
 
 
 def _error_event(path: str, error: Exception) -> bytes:

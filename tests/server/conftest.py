@@ -3,6 +3,7 @@ scripted engine: in process, and on a real socket."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import tempfile
@@ -213,6 +214,39 @@ def client_of(package: Package, config: ServeConfig, engine: ScriptedEngine) -> 
 async def client(client_of: Callable[..., AsyncClient]):
     async with client_of() as client:
         yield client
+
+
+@pytest.fixture
+def hang_up() -> Callable[..., Any]:
+    """`await hang_up(client, path, body)`: what came of an answer before the client hung up, on its first id or, of an answer
+    that is no stream, at once."""
+
+    async def hang_up(client: AsyncClient, path: str, body: dict[str, Any]) -> str:
+        request = client.build_request("POST", path, json=body)
+        waiting = [{"type": "http.request", "body": request.content, "more_body": False}]
+        received, heard = bytearray(), asyncio.Event()
+        if not body.get("stream"):
+            heard.set()
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                return waiting.pop()
+            await heard.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            received.extend(message.get("body", b""))
+            if b'"id"' in received:
+                heard.set()
+
+        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path,
+                 "raw_path": path.encode(), "root_path": "", "scheme": "http", "query_string": b"",
+                 "headers": [(name.lower(), value) for name, value in request.headers.raw],
+                 "client": ("test", 1), "server": ("test", 80)}  # fmt: skip
+        await asyncio.wait_for(client._transport.app(scope, receive, send), 10)  # type: ignore[attr-defined]
+        return received.decode()
+
+    return hang_up
 
 
 @pytest.fixture

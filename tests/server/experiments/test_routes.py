@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -318,6 +319,32 @@ async def test_streams_several_choices_and_failures_are_observed(
     seen = [(row["status"], row["choice"], row["finish_reason"], row["tokens"], row["characters"]) for row in rows]
     assert seen == [(200, 0, "length", 2, 7), (200, 1, "length", 2, 7), (500, 0, None, None, None)]
     assert all(0 < row["first_token_seconds"] <= row["seconds"] for row in rows[:2])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_the_client_stopped_is_known_and_may_be_judged(
+    running: Body, admin: AsyncClient, client: AsyncClient, call: Call, ask: Call, engine: ScriptedEngine, state: State,
+    hang_up: Call, stream: bool,
+) -> None:  # fmt: skip
+    """Else an arm that rambles until its users press Stop would lose its worst answers."""
+    engine.script, engine.delay = " ".join(["word"] * 50), 0.01
+    body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "user": "s", "stream": stream,
+            "steering": {"experiment": "tone"}}  # fmt: skip
+    text = await hang_up(client, "/v1/chat/completions", body)
+    settle(state)
+    with state.database.read() as connection:
+        row = connection.execute(select(responses)).mappings().one()
+    assert (row["status"], row["tokens"], row["finish_reason"], row["unit"]) == (499, None, None, "s")
+    if stream:
+        response_id = json.loads(text.split("\n")[0].removeprefix("data: "))["id"]
+        outcome = {"response_id": response_id, "metric": "thumbs", "value": 0}
+        assert (await call(client, "POST", "experiments/tone/outcomes", outcome))["stored"] == 1
+    engine.script, engine.delay = "one", 0.0
+    await ask("s")
+    settle(state)
+    report = await call(admin, "GET", "experiments/tone/report")
+    means = {metric["name"]: [arm["mean"] for arm in metric["arms"] if arm["units"]] for metric in report["metrics"]}
+    assert means["hung_up"] == [0.5] and means["tokens"] == [1.0] and "error" not in means
 
 
 async def test_an_exposure_is_one_a_unit(running: Body, ask: Call, state: State) -> None:

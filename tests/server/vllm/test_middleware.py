@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from httpx import ASGITransport, AsyncClient
+from sqlalchemy import select
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -28,6 +29,7 @@ from server.limits import Limits
 from server.metrics import SteeringMetrics
 from server.state import Snapshot, State
 from server.steering import Steering
+from server.store.tables import responses
 from server.vllm.exposure import OperatorMiddleware, operator_routes
 from server.vllm.host import name_models, steer_engine
 from server.vllm.middleware import SteeringMiddleware, current, with_echo
@@ -47,10 +49,29 @@ async def _chat(request: Request) -> Any:
     async def events() -> AsyncIterator[bytes]:
         yield b": keep-alive\n\n"
         for piece in (answer, {"id": "chatcmpl-1", "last": True}):
+            if (failure := FAILURES.get(f"{body.get('messages')}")) and failure[0] in piece:
+                yield f"data: {json.dumps(failure[1])}\n\n".encode()
+                break
             yield f"data: {json.dumps(piece, separators=(',', ':'))}\n\n".encode()
+            if body.get("messages") == "ramble":
+                await asyncio.Event().wait()
+            if body.get("messages") == "raise":
+                raise RuntimeError("a bug")
         yield b"data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _error(code: int) -> dict[str, Any]:
+    return {"error": {"message": 'said "code": 418', "type": "InternalServerError", "param": None, "code": code}}
+
+
+FAILURES = {
+    "fail first": ("seen", _error(500)),
+    "fail later": ("last", _error(503)),
+    "refuse first": ("seen", _error(400)),
+}
+"""What a request says -> in whose place, and with what, its stream fails: as vLLM's do, with an event, and then `[DONE]`."""
 
 
 async def _seen() -> Any:
@@ -92,6 +113,11 @@ async def _unscored(_version: WorkerVersion, _answered: Any) -> float:
     pytest.fail("nothing was drawn to be measured")
 
 
+async def _null(_request: Request) -> JSONResponse:
+    """What vLLM answers where the client has hung up."""
+    return JSONResponse(None)
+
+
 async def _refuse(_request: Request) -> JSONResponse:
     return JSONResponse({"error": {"message": "no"}}, 400)
 
@@ -125,6 +151,7 @@ def client_to(
         versions = versions_of(package, config, state)
         routes = [Route(path, _chat, methods=["POST"]) for path in (CHAT, "/invocations", "/tokenize", "/v1/presets")]
         routes.append(Route("/v1/responses", _hang, methods=["POST"]))
+        routes.append(Route("/v1/chat/completions/batch", _null, methods=["POST"]))
         routes.append(Route("/v1/messages", _fail_at_the_end(traffic), methods=["POST"]))
         app = Starlette(routes=[*routes, Route("/v1/completions", _refuse, methods=["POST"])])
         drift = DriftSampler(state.recorder, config.drift, metrics) if state else None
@@ -373,9 +400,9 @@ async def test_a_stream_of_anthropics_api_that_breaks_off_has_an_event_that_is_c
     assert (event, error["type"], error["error"]["code"]) == ("event: error", "error", "engine_stopped")
 
 
-async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
-    client_to, config: ServeConfig, sqlite_state: State, package: Package
-) -> None:
+@pytest.fixture
+def trial(config: ServeConfig, sqlite_state: State, package: Package) -> State:
+    """A state in which the experiment `trial` runs."""
     spec = ExperimentSpec.model_validate(
         {"name": "trial", "arms": [{"name": "a", "atoms": {"list": 1.0}}, {"name": "b", "atoms": {}}]}
     ).completed()
@@ -383,15 +410,73 @@ async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
     draft = sqlite_state.experiments.create(spec, steering.freeze(spec), "1.0")
     sqlite_state.experiments.start(draft, steering.freeze(spec), "1.0")
     sqlite_state.refresh()
-    client = client_to(config, sqlite_state)
-    body = {"model": "demo", "user": "anna", "steering": {"experiment": "trial"}, "stream": True}
-    answer = await client.post(CHAT, json=body)
+    return sqlite_state
+
+
+TRIAL = {"model": "demo", "user": "anna", "steering": {"experiment": "trial"}, "stream": True}
+
+
+def recorded(state: State) -> list[tuple[int, str]]:
+    """Status and id of what is stored of responses."""
+    state.recorder.erase("nobody at all").result(10)
+    with state.database.read() as connection:
+        return [tuple(row) for row in connection.execute(select(responses.c.status, responses.c.response_id))]
+
+
+async def test_an_experiments_answer_is_recorded_as_the_engine_gave_it(
+    client_to, config: ServeConfig, trial: State
+) -> None:
+    answer = await client_to(config, trial).post(CHAT, json=TRIAL)
     arm = answer.headers["x-atomsteer-arm"]
-    unknown = sqlite_state.recorder.report(
-        sqlite_state.snapshot.experiments["trial"].id,
+    unknown = trial.recorder.report(
+        trial.snapshot.experiments["trial"].id,
         [Outcome("chatcmpl-1", "liked", 1.0), Outcome("other", "liked", 1.0)],
     )
     assert await asyncio.wrap_future(unknown) == {"other"}, f"the response of arm {arm} was not recorded under its id"
+    assert recorded(trial) == [(200, "chatcmpl-1")]
+
+
+async def test_a_stream_that_fails_is_recorded_as_a_failure_though_its_status_is_200(
+    client_to, config: ServeConfig, trial: State
+) -> None:
+    client = client_to(config, trial)
+    answer = await client.post(CHAT, json=TRIAL | {"messages": "fail later"})
+    assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+    assert recorded(trial) == [(503, "chatcmpl-1")]
+    await client.post(CHAT, json=TRIAL | {"messages": "fail first"})
+    (_, (status, response_id)) = sorted(recorded(trial), key=lambda row: row[1])
+    assert status == 500 and response_id.startswith("failed-")
+    await client.post(CHAT, json=TRIAL | {"messages": "refuse first"})
+    assert len(recorded(trial)) == 2, "what was the client's fault is no failure"
+
+
+async def test_a_stream_that_raises_is_recorded_as_a_failure(client_to, config: ServeConfig, trial: State) -> None:
+    with pytest.raises(AssertionError):  # httpx's: no end came
+        await client_to(config, trial).post(CHAT, json=TRIAL | {"messages": "raise"})
+    assert recorded(trial) == [(500, "chatcmpl-1")]
+
+
+async def test_a_stream_that_the_server_ends_is_recorded_as_a_failure(
+    client_to, config: ServeConfig, trial: State, stopped: asyncio.Event
+) -> None:
+    stopped.set()
+    await client_to(config, trial).post("/v1/responses", json=TRIAL)
+    ((status, _),) = recorded(trial)
+    assert status == 503
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_answer_that_the_client_stopped_is_recorded_as_that(
+    client_to, config: ServeConfig, trial: State, hang_up: Callable[..., Any], stream: bool
+) -> None:
+    client = client_to(config, trial)
+    if stream:
+        await hang_up(client, CHAT, TRIAL | {"messages": "ramble"})
+        assert recorded(trial) == [(499, "chatcmpl-1")]
+    else:  # vLLM answers null to nobody
+        await client.post("/v1/chat/completions/batch", json=TRIAL | {"stream": False})
+        ((status, response_id),) = recorded(trial)
+        assert status == 499 and response_id.startswith("failed-")
 
 
 async def test_vllm_gets_an_id_of_the_servers_own_for_every_request(client_to, config: ServeConfig) -> None:
