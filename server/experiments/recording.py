@@ -111,12 +111,12 @@ class Recorder:
     scope: str
     capacity: int = 50_000
     lost: int = 0
-    """Records that this server has dropped."""
+    """Records that this server has dropped: the queue was full, or they could not be stored."""
     _lost: Counter[int] = field(default_factory=Counter)
     _lost_lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        self._writer: Writer[_Record] = Writer(self._commit, capacity=self.capacity)
+        self._writer: Writer[_Record] = Writer(self._commit, capacity=self.capacity, dropped=self._dropped)
 
     @property
     def waiting(self) -> int:
@@ -157,9 +157,18 @@ class Recorder:
 
     def _offer(self, assignment: Assignment, record: _Record, patience: float) -> None:
         if not self._writer.offer(record, patience):
-            with self._lost_lock:
-                self.lost += 1
-                self._lost[assignment.experiment_id] += 1
+            self._count_lost(assignment.experiment_id)
+
+    def _dropped(self, record: _Record) -> None:
+        if isinstance(record, _Exposure | _Response):
+            self._count_lost(record.assignment.experiment_id)
+        elif isinstance(record, _Outcomes):
+            self._count_lost(record.experiment_id)
+
+    def _count_lost(self, experiment_id: int) -> None:
+        with self._lost_lock:
+            self.lost += 1
+            self._lost[experiment_id] += 1
 
     def _commit(self, records: Sequence[_Record]) -> list[Any]:
         """One transaction. Observations first, so that an outcome finds the response that was queued before it."""

@@ -37,12 +37,19 @@ class Writer(Generic[Record]):
     """`commit` makes a group of records durable in one transaction and returns a result for each, in order.
 
     `capacity` rows may wait; a record has as many as its `size` says. `group` rows are in one transaction, or one record.
+    `dropped` is told of unacknowledged records that were taken and can never be stored.
     """
 
     def __init__(
-        self, commit: Callable[[Sequence[Record]], Sequence[Any]], *, capacity: int = 50_000, group: int = 1_000
+        self,
+        commit: Callable[[Sequence[Record]], Sequence[Any]],
+        *,
+        capacity: int = 50_000,
+        group: int = 1_000,
+        dropped: Callable[[Record], None] = lambda _: None,
     ) -> None:
         self._commit = commit
+        self._dropped = dropped
         self._capacity = capacity
         self._group = group
         self._queue: deque[_Entry[Record]] = deque()
@@ -122,29 +129,53 @@ class Writer(Generic[Record]):
         return group
 
     def _write(self, group: list[_Entry[Record]]) -> bool:
-        """Whether to go on at once. While the database is away acknowledged records fail and the others are kept."""
+        """Whether to go on at once: while the database is away there is a pause between tries."""
         try:
-            results = self._commit([entry.record for entry in group])
+            self._store(group)
         except StoreUnavailableError as error:
-            kept = [entry for entry in group if entry.done is None]
-            for entry in group:
-                _fail(entry, error)
-            with self._changed:
-                self._queue.extendleft(reversed(kept))
-                self._held += sum(entry.size for entry in kept)
-                self._due = time.monotonic()
-            return not kept
-        except Exception as error:  # a record that cannot be stored must not take its neighbours along
+            return self._put_back(group, error)
+        except Exception as error:
             if len(group) > 1:
-                stored = [self._write([entry]) for entry in group]
-                return all(stored)
-            _log.exception("a record could not be stored")
-            _fail(group[0], error)
-            return True
+                return self._write_singly(group)
+            self._give_up(group[0], error)
+        return True
+
+    def _write_singly(self, group: list[_Entry[Record]]) -> bool:
+        """A record that cannot be stored must not take its neighbours along."""
+        for place, entry in enumerate(group):
+            try:
+                self._store([entry])
+            except StoreUnavailableError as error:
+                return self._put_back(group[place:], error)
+            except Exception as error:
+                self._give_up(entry, error)
+        return True
+
+    def _store(self, group: list[_Entry[Record]]) -> None:
+        """Raises what `commit` raises."""
+        results = self._commit([entry.record for entry in group])
         for entry, result in zip(group, results, strict=True):
             if entry.done is not None and entry.done.set_running_or_notify_cancel():
                 entry.done.set_result(result)
-        return True
+
+    def _put_back(self, group: list[_Entry[Record]], error: StoreUnavailableError) -> bool:
+        """The database is away: acknowledged records fail, and the others are kept in their order. Those that were queued
+        meanwhile fail as well: behind what is kept they would not be tried before the database is back."""
+        with self._changed:
+            waiting = [*group, *self._queue]
+            self._queue = deque(entry for entry in waiting if entry.done is None)
+            self._held = sum(entry.size for entry in self._queue)
+            self._due = time.monotonic()
+            is_empty = not self._queue
+        for entry in waiting:
+            _fail(entry, error)
+        return is_empty
+
+    def _give_up(self, entry: _Entry[Record], error: Exception) -> None:
+        _log.error("a record could not be stored", exc_info=error)
+        _fail(entry, error)
+        if entry.done is None:
+            self._dropped(entry.record)
 
     def _pause(self) -> bool:
         """Waits before another try; True at once if the writer is closing."""

@@ -13,6 +13,7 @@ from httpx import AsyncClient
 from sqlalchemy import create_engine, select, text
 
 from server.config import ServeConfig
+from server.experiments.spec import Assignment
 from server.state import State
 from server.store import database as database_module
 from server.store import writer as writer_module
@@ -47,6 +48,9 @@ async def test_a_locked_file(client_of: Callable[..., AsyncClient], locked: Serv
     holder.execute("BEGIN IMMEDIATE")
     second = await call(admin, "POST", "chat/completions", body)
     assert second["steering"]["arm"] == first["steering"]["arm"], "answers need no database"
+    tone = state.snapshot.experiments["tone"].id
+    for n in range(1500):  # more than one transaction takes: what is acknowledged waits behind them
+        state.recorder.exposed(Assignment(tone, f"u{n}", "plain"))
     for method, path, change in (
         ("POST", "experiments/tone/outcomes", outcome | {"value": 0}), ("PUT", "presets/x", {"atoms": {}}),
         ("POST", "experiments/tone/stop", {}), ("DELETE", "units/u", None),
@@ -63,7 +67,7 @@ async def test_a_locked_file(client_of: Callable[..., AsyncClient], locked: Serv
     with state.database.read() as connection:
         assert connection.execute(select(outcomes.c.value)).scalars().all() == [1.0, 1.0]
         assert len(connection.execute(select(responses)).all()) == 2
-        assert len(connection.execute(select(exposures)).all()) == 1
+        assert len(connection.execute(select(exposures)).all()) == 1501
 
 
 async def test_a_postgresql_that_drops_its_connections(

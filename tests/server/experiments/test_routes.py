@@ -495,5 +495,19 @@ async def test_a_full_queue_costs_records_and_says_so(running: Body, ask: Call, 
     assert "atomsteer_experiment_records_lost_total 2.0" in (await admin.get("/metrics")).text
 
 
+async def test_a_record_that_cannot_be_stored_is_lost_and_counted(
+    running: Body, ask: Call, admin: AsyncClient, call: Call, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.experiments.recording.marks", lambda *_: 1 / 0)
+    await ask("u1")
+    settle(state)
+    monkeypatch.undo()
+    await ask("u2")
+    settle(state)
+    report = await call(admin, "GET", "experiments/tone/report")
+    assert (report["lost_records"], sum(report["units"].values())) == (1, 2)
+    assert "atomsteer_experiment_records_lost_total 1.0" in (await admin.get("/metrics")).text
+
+
 def test_every_automatic_metric_has_an_expression() -> None:
     assert set(EXPRESSIONS) | {MEASURED_KL} == AUTOMATIC

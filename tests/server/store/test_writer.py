@@ -17,6 +17,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.groups: list[list[object]] = []
+        self.goes_away_after: object = None
         self.away, self.failures = False, 0
         self.gate = threading.Event()
         self.gate.set()
@@ -31,6 +32,7 @@ class Disk:
         if "poison" in records:
             raise ValueError("poison")
         self.groups.append(list(records))
+        self.away = self.goes_away_after in records
         return [f"{record}!" for record in records]
 
     @property
@@ -129,6 +131,46 @@ def test_an_outage_fails_what_is_acknowledged_and_keeps_the_rest(disk: Disk, mon
     assert writer.submit("later").result(5) == "later!"
     writer.close()
     assert disk.stored == ["kept 1", "kept 2", "later"]
+
+
+def test_an_outage_fails_what_waits_behind_more_than_a_transaction(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., bool]
+) -> None:
+    """Every try takes the oldest records, which an outage keeps in front."""
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", 0.01)
+    writer = Writer(disk.commit, group=2)
+    disk.away = True
+    for n in range(5):
+        writer.offer(n)
+    assert wait_for(lambda: disk.failures)
+    refused = writer.submit("refused", 3)
+    with pytest.raises(StoreUnavailableError):
+        refused.result(5)
+    assert writer.offer(5) and wait_for(lambda: writer.waiting == 6)
+    disk.away = False
+    assert wait_for(lambda: not writer.waiting)
+    writer.close()
+    assert disk.stored == [*range(6)]
+
+
+def test_an_outage_after_a_record_that_cannot_be_stored_keeps_the_order(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, wait_for: Callable[..., bool]
+) -> None:
+    monkeypatch.setattr(writer_module, "_RETRY_SECONDS", 0.01)
+    dropped: list[object] = []
+    writer = Writer(disk.commit, dropped=dropped.append)
+    disk.gate.clear()
+    writer.offer("taken")
+    assert disk.entered.wait(5)
+    for record in ("poison", "a", "b", "c", "d"):
+        writer.offer(record)
+    disk.goes_away_after = "a"
+    disk.gate.set()
+    assert wait_for(lambda: disk.failures)
+    disk.away, disk.goes_away_after = False, None
+    assert wait_for(lambda: len(disk.stored) == 5)
+    writer.close()
+    assert disk.stored == ["taken", *"abcd"] and dropped == ["poison"]
 
 
 def test_a_full_queue_drops_and_says_so(disk: Disk) -> None:
