@@ -66,12 +66,14 @@ def mean(moments: Moments, alpha: float, horizon: int, *, proportion: bool = Fal
 def difference(
     control: Moments, arm: Moments, alpha: float, horizon: int, *, comparisons: int = 1, proportion: bool = False
 ) -> Estimate:
-    """Arm minus control, at level alpha / comparisons."""
+    """Arm minus control, at level alpha / comparisons. The p-value is that of all comparisons: below alpha exactly where the
+    interval leaves out 0."""
     value = arm.mean - control.mean
     if min(control.n, arm.n) < MIN_UNITS:
         return Estimate(value)
     error = _error_of_difference(control, arm, proportion)
-    return _estimate(value, error, control.n + arm.n, alpha / comparisons, horizon)
+    found = _estimate(value, error, control.n + arm.n, alpha / comparisons, horizon)
+    return replace(found, p_value=min(1.0, comparisons * (found.p_value or 0.0)))
 
 
 def width(n: ArrayLike, alpha: float, horizon: float) -> NDArray[np.float64]:

@@ -208,11 +208,16 @@ def test_numbers_of_growthbooks_engine() -> None:
             assert found.low < low and found.high > high and found.high - found.low < 1.02 * (high - low)
 
 
-def test_the_p_value_and_the_interval_say_the_same() -> None:
-    for shift in np.linspace(0, 1, 41):
-        found = difference(Moments(100, 0.0, 1.0), Moments(100, shift, 1.0), ALPHA, HORIZON)
+@pytest.mark.parametrize("comparisons", [1, 2, 5])
+def test_the_p_value_and_the_interval_say_the_same(comparisons: int) -> None:
+    """However many comparisons share alpha: a p of 0.04 beside an interval that holds 0 would be read as a finding."""
+    said = set()
+    for shift in np.linspace(0, 1, 401):
+        found = difference(Moments(100, 0.0, 1.0), Moments(100, shift, 1.0), ALPHA, HORIZON, comparisons=comparisons)
         assert found.low is not None and found.p_value is not None
-        assert (found.p_value < ALPHA) == (found.low > 0)
+        assert (found.p_value < ALPHA) == (found.low > 0) and found.p_value <= 1
+        said.add(found.low > 0)
+    assert said == {True, False}
 
 
 def test_few_units_have_no_interval() -> None:
