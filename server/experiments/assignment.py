@@ -10,11 +10,13 @@ Symbols: n is the unit's place, 0 <= n < 1, in steps of 1e-4.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
 _OFFSET, _PRIME, _32_BITS = 0x811C9DC5, 0x01000193, 0xFFFFFFFF
 _PLACES = 10_000
+_ALL_PLACES = tuple(n / _PLACES for n in range(_PLACES))
 
 Range = tuple[float, float]
 """Half open: from the first number, up to but without the second."""
@@ -42,3 +44,10 @@ def ranges(shares: Sequence[float], coverage: float) -> list[Range]:
 def choose(n: float, arms: Sequence[Range]) -> int | None:
     """The index of the range that holds n; None for a unit that does not take part."""
     return next((index for index, (start, end) in enumerate(arms) if start <= n < end), None)
+
+
+def shares_of_places(arms: Sequence[Range]) -> list[float]:
+    """The part of the places that take part which falls to each range; all 0 if none does. Ranges of a few places differ in
+    length from the shares that they were made of."""
+    counts = [bisect_left(_ALL_PLACES, end) - bisect_left(_ALL_PLACES, start) for start, end in arms]
+    return [count / max(1, sum(counts)) for count in counts]

@@ -6,6 +6,7 @@ are not corrected for each other, which is why one of them is primary and decide
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from server.experiments import rollups
+from server.experiments.assignment import shares_of_places
 from server.experiments.measures import PROPORTIONS, ArmMoments, exposed, metric_moments
 from server.experiments.spec import AUTOMATIC, MEASURED_KL, Experiment, GuardrailSpec
 from server.experiments.statistics import (
@@ -27,7 +29,7 @@ from server.experiments.statistics import (
     sample_ratio,
 )
 from server.limits import DriftBudget
-from server.store.tables import losses
+from server.store.tables import events, losses
 
 POWER = 0.8
 """Of the detectable effects that a report states."""
@@ -40,7 +42,7 @@ def report(connection: Connection, experiment: Experiment, *, looks: int = 0) ->
     units = exposed(connection, experiment)
     own = [metric.name for metric in experiment.spec.metrics]
     moments = metric_moments(connection, experiment, [*own, *AUTOMATIC])
-    p_value = sample_ratio(units, {arm.name: arm.share for arm in experiment.arms})
+    p_value = sample_ratio(units, _expected_shares(connection, experiment, sum(units.values())))
     result = {
         "object": "experiment.report",
         "experiment": experiment_json(experiment),
@@ -54,6 +56,24 @@ def report(connection: Connection, experiment: Experiment, *, looks: int = 0) ->
         "guardrails": [asdict(check) for check in check_guardrails(connection, experiment)],
     }
     return result | ({"looks": _looks(connection, experiment, looks)} if looks else {})
+
+
+def _expected_shares(connection: Connection, experiment: Experiment, units: int) -> dict[str, float]:
+    """Arm -> the share that it should have of the `units` that were exposed so far: of those that came while a coverage held,
+    by the places that the arm had then."""
+    query = select(events.c.at, events.c.detail).where(
+        events.c.experiment_id == experiment.id, events.c.kind == "ramped"
+    )
+    coverage, before = experiment.spec.coverage, 0
+    expected = [0.0] * len(experiment.arms)
+    for ramp in [*connection.execute(query.order_by(events.c.id)), None]:
+        until = sum(exposed(connection, experiment, ramp.at).values()) if ramp else units
+        for place, share in enumerate(shares_of_places(experiment.ranges_at(coverage))):
+            expected[place] += share * (until - before)
+        if ramp:
+            coverage, before = json.loads(ramp.detail)["coverage"], until
+    total = sum(expected) or 1.0
+    return {arm.name: count / total for arm, count in zip(experiment.arms, expected)}
 
 
 def experiment_json(experiment: Experiment) -> dict[str, Any]:

@@ -203,7 +203,11 @@ class Experiment:
 
     @cached_property
     def ranges(self) -> list[Range]:
-        return ranges([arm.share for arm in self.arms], self.coverage)
+        return self.ranges_at(self.coverage)
+
+    def ranges_at(self, coverage: float) -> list[Range]:
+        """The arms' ranges as they are, or were, at a coverage."""
+        return ranges([arm.share for arm in self.arms], coverage)
 
     def arm(self, name: str) -> Arm:
         """Raises InvalidFieldError."""

@@ -129,15 +129,19 @@ def detectable_effect(
 
 
 def sample_ratio(counts: Mapping[str, int], shares: Mapping[str, float]) -> float | None:
-    """p-value of a chi-squared test that units fell to the arms as their shares say.
+    """p-value of a chi-squared test that units fell to the arms as their shares say; an arm may have none.
 
     None before the smallest arm expects `_MIN_EXPECTED` units, below which the test raises false alarms, or all arms
-    together have `_ENOUGH`: where an arm is that small, one that gets far more than its share must still be seen.
+    together have `_ENOUGH`: where an arm is that small, one that gets far more than its share must still be seen. None
+    as well where all units must fall to one arm.
     """
     total = sum(counts.values())
-    if total < _ENOUGH and total * min(shares.values()) < _MIN_EXPECTED:
+    possible = {arm: share for arm, share in shares.items() if share}
+    if any(counts[arm] for arm in counts.keys() - possible.keys()):
+        return 0.0
+    if len(possible) < 2 or (total < _ENOUGH and total * min(possible.values()) < _MIN_EXPECTED):
         return None
-    return float(chisquare([counts[arm] for arm in shares], [total * share for share in shares.values()]).pvalue)
+    return float(chisquare([counts[arm] for arm in possible], [total * share for share in possible.values()]).pvalue)
 
 
 def _estimate(value: float, error: float, n: int, alpha: float, horizon: int) -> Estimate:

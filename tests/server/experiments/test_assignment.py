@@ -7,7 +7,7 @@ import random
 import pytest
 from scipy.stats import chisquare
 
-from server.experiments.assignment import choose, fnv1a32, place, ranges
+from server.experiments.assignment import choose, fnv1a32, place, ranges, shares_of_places
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,21 @@ def test_units_fall_to_arms_by_their_shares_and_independently_of_other_experimen
     observed = [count for row in table for count in row]
     expected = [30_000 * a * b for a in shares for b in shares]
     assert chisquare(observed, expected).pvalue > 1e-4
+
+
+def test_shares_of_places_are_counted() -> None:
+    for shares, coverage in (
+        ([1 / 3] * 3, 0.001),
+        ([0.1, 0.2, 0.7], 0.37),
+        ([1 / 7, 2 / 7, 4 / 7], 1.0),
+        ([0.5, 0.5], 1e-9),
+    ):
+        arms = ranges(shares, coverage)
+        held = [choose(step / 10_000, arms) for step in range(10_000)]
+        counts = [held.count(arm) for arm in range(len(arms))]
+        assert shares_of_places(arms) == [count / sum(counts) for count in counts]
+    assert shares_of_places(ranges([1 / 3] * 3, 0.001)) == [0.4, 0.3, 0.3]
+    assert shares_of_places([(0.00001, 0.00002)]) == [0.0]
 
 
 def test_every_place_belongs_to_one_arm_at_full_coverage() -> None:

@@ -20,7 +20,7 @@ from server import state as state_module
 from server.config import ServeConfig
 from server.embedded.scripted import ScriptedEngine
 from server.experiments.measures import EXPRESSIONS
-from server.experiments.spec import AUTOMATIC, MEASURED_KL
+from server.experiments.spec import AUTOMATIC, MEASURED_KL, Assignment
 from server.state import State
 from server.steering import Steering
 from server.store.tables import exposures, responses
@@ -441,14 +441,38 @@ async def test_guardrails_are_watched_without_being_asked(
 
 
 async def test_an_uneven_split_raises_the_alarm(running: Body, admin: AsyncClient, call: Call, state: State) -> None:
-    from server.experiments.spec import Assignment
-
     experiment = state.snapshot.experiments["tone"]
     for n in range(200):
         state.recorder.exposed(Assignment(experiment.id, f"u{n}", "plain" if n % 3 else "listed"))
     settle(state)
     ratio = (await call(admin, "GET", "experiments/tone/report"))["sample_ratio"]
     assert ratio["alarm"] is True and ratio["p_value"] < 1e-6
+
+
+async def test_a_small_coverage_raises_no_alarm_before_or_after_a_ramp(
+    admin: AsyncClient, spec: Body, call: Call, state: State
+) -> None:
+    """Of ten places the first of three equal arms has four."""
+    await call(admin, "POST", "experiments", spec | {"coverage": 0.001}, 201)
+    await call(admin, "POST", "experiments/tone/start", {})
+
+    def expose(counts: dict[str, int], wave: int) -> None:
+        tone = state.snapshot.experiments["tone"].id
+        for arm, count in counts.items():
+            for n in range(count):
+                state.recorder.exposed(Assignment(tone, f"{arm}-{wave}-{n}", arm))
+        settle(state)
+
+    async def p_value() -> float:
+        return (await call(admin, "GET", "experiments/tone/report"))["sample_ratio"]["p_value"]
+
+    expose({"plain": 400, "listed": 300, "nice": 300}, 0)
+    assert await p_value() == pytest.approx(1.0)
+    await call(admin, "POST", "experiments/tone/ramp", {"coverage": 1})
+    expose({"plain": 300, "listed": 300, "nice": 300}, 1)
+    assert await p_value() > 0.99
+    expose({"plain": 150}, 2)
+    assert await p_value() < 0.001, "this is one"
 
 
 async def test_another_package_version_refuses_a_running_experiment(

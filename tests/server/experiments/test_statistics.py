@@ -265,6 +265,9 @@ def test_sample_ratios() -> None:
     tiny = {"a": 1 - 1e-6, "b": 1e-6}
     assert sample_ratio({"a": 900, "b": 99}, tiny) is None
     assert sample_ratio({"a": 900, "b": 100}, tiny) < 1e-9
+    assert sample_ratio({"a": 900, "b": 900, "c": 0}, shares | {"c": 0.0}) == 1.0
+    assert sample_ratio({"a": 900, "b": 900, "c": 1}, shares | {"c": 0.0}) == 0.0, "none can fall there"
+    assert sample_ratio({"a": 900, "b": 0}, {"a": 1.0, "b": 0.0}) is None
     fair, off = sample_ratio({"a": 510, "b": 490}, shares), sample_ratio({"a": 600, "b": 400}, shares)
     assert fair is not None and fair > 0.5
     assert off is not None and off < 1e-9
