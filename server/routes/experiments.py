@@ -21,7 +21,7 @@ from server.errors import ConflictError, ExperimentNotFoundError, InvalidFieldEr
 from server.experiments.export import TABLES, export
 from server.experiments.recording import Outcome
 from server.experiments.report import experiment_json, report
-from server.experiments.spec import Experiment, ExperimentSpec, Name, Subject
+from server.experiments.spec import Arm, Experiment, ExperimentSpec, Name, Subject
 from server.responses import JSONResponse
 from server.routes.presets import preset_json, put_preset
 from server.state import State, required
@@ -90,7 +90,8 @@ def experiments_router(steering: Steering, state: State | None) -> APIRouter:
     async def create(request: Request) -> Response:
         live = _admin(request, state)
         spec = parse(ExperimentSpec, await read_json(request)).completed()
-        created = await asyncio.to_thread(live.experiments.create, spec, steering.freeze(spec), version)
+        arms = await _frozen(live, steering, spec)
+        created = await asyncio.to_thread(live.experiments.create, spec, arms, version)
         return await _changed(live, created, 201)
 
     @router.get("", response_model=None)
@@ -112,7 +113,8 @@ def experiments_router(steering: Steering, state: State | None) -> APIRouter:
         spec = parse(ExperimentSpec, await read_json(request)).completed()
         if spec.name != name:
             raise InvalidFieldError(f"name is {spec.name!r} and the path says {name[:64]!r}; they must agree", "name")
-        replaced = await asyncio.to_thread(live.experiments.replace, spec, steering.freeze(spec), version)
+        arms = await _frozen(live, steering, spec)
+        replaced = await asyncio.to_thread(live.experiments.replace, spec, arms, version)
         return await _changed(live, replaced)
 
     @router.delete("/{name}", response_model=None)
@@ -126,7 +128,8 @@ def experiments_router(steering: Steering, state: State | None) -> APIRouter:
     async def start(name: str, request: Request) -> Response:
         live = _admin(request, state)
         draft = await asyncio.to_thread(live.experiments.get, name)
-        started = await asyncio.to_thread(live.experiments.start, draft, steering.freeze(draft.spec), version)
+        arms = await _frozen(live, steering, draft.spec)
+        started = await asyncio.to_thread(live.experiments.start, draft, arms, version)
         return await _changed(live, started)
 
     @router.post("/{name}/ramp", response_model=None)
@@ -202,6 +205,13 @@ def _admin(request: Request, state: State | None) -> State:
     if (name := request.path_params.get("name")) is not None:
         parse(_ExperimentName, {"name": name})
     return required(state)
+
+
+async def _frozen(live: State, steering: Steering, spec: ExperimentSpec) -> list[Arm]:
+    """The arms of `spec` with presets as they are now, and not as this server last saw them: another replica may have
+    changed one a moment ago. Raises StoreUnavailableError and what `Steering.freeze` does."""
+    await asyncio.to_thread(live.refresh)
+    return steering.freeze(spec)
 
 
 async def _changed(live: State, experiment: Experiment, status: int = 200) -> Response:

@@ -15,6 +15,7 @@ import pytest
 from httpx import AsyncClient
 from sqlalchemy import select
 
+from atoms.mix import Mix
 from atoms.package import Package
 from server import state as state_module
 from server.config import ServeConfig
@@ -204,6 +205,23 @@ async def test_an_arm_of_a_preset_keeps_the_version_it_was_started_with(
     assert (started["arms"][1]["atoms"], started["arms"][1]["preset_version"]) == ({ids[0]: 2.0}, 2)
     await call(admin, "PUT", "presets/brief", {"atoms": {"list": 3}})
     assert (await call(admin, "GET", "experiments/tone"))["arms"][1]["atoms"] == {ids[0]: 2.0}
+
+
+async def test_arms_are_frozen_to_presets_as_another_replica_has_just_left_them(
+    admin: AsyncClient, spec: Body, call: Call, ids: list[str], state_of: Callable[[str], State], database_url: str
+) -> None:
+    other = state_of(database_url).presets
+    arms = [{"name": "off", "atoms": {}}, {"name": "brief", "preset": "brief"}]
+
+    def frozen(experiment: Body) -> tuple[Body, int]:
+        return experiment["arms"][1]["atoms"], experiment["arms"][1]["preset_version"]
+
+    other.put("brief", Mix.of({ids[0]: 1.0}), "", "1.0")
+    assert frozen(await call(admin, "POST", "experiments", spec | {"arms": arms}, 201)) == ({ids[0]: 1.0}, 1)
+    other.put("brief", Mix.of({ids[0]: 2.0}), "", "1.0")
+    assert frozen(await call(admin, "PUT", "experiments/tone", spec | {"arms": arms})) == ({ids[0]: 2.0}, 2)
+    other.put("brief", Mix.of({ids[0]: 3.0}), "", "1.0")
+    assert frozen(await call(admin, "POST", "experiments/tone/start", {})) == ({ids[0]: 3.0}, 3)
 
 
 async def test_a_draft_can_be_replaced(admin: AsyncClient, spec: Body, call: Call) -> None:
