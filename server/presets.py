@@ -73,18 +73,30 @@ class PresetStore:
 
         Raises ConflictError if that is not the version in force, or if somebody else was faster.
         """
+        with self._database.write() as connection:
+            return self.put_in(connection, name, mix, description, package_version, expected=expected)
+
+    def put_in(
+        self,
+        connection: Connection,
+        name: str,
+        mix: Mix,
+        description: str,
+        package_version: str,
+        *,
+        expected: int | None = None,
+    ) -> Preset:
+        """`put` within the caller's transaction, which an error must end."""
         now = time.time()
-        atoms = json.dumps(mix.as_dict())
+        version = 1 + self._latest(connection, name, expected)
         try:
-            with self._database.write() as connection:
-                version = 1 + self._latest(connection, name, expected)
-                connection.execute(presets.insert(), {
-                    "scope": self._scope, "name": name, "version": version, "atoms": atoms, "description": description,
-                    "package_version": package_version, "created_at": now, "deleted": False,
-                })  # fmt: skip
-                bump_revision(connection, self._scope)
+            connection.execute(presets.insert(), {
+                "scope": self._scope, "name": name, "version": version, "atoms": json.dumps(mix.as_dict()),
+                "description": description, "package_version": package_version, "created_at": now, "deleted": False,
+            })  # fmt: skip
         except IntegrityError as error:
             raise CollisionError(f"preset {name!r} was changed at the same moment; look at it and try again") from error
+        bump_revision(connection, self._scope)
         return Preset(name, version, mix, description, package_version, now)
 
     def delete(self, name: str) -> None:

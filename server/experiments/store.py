@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, select, update
@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from server.errors import CollisionError, ConflictError, ExperimentNotFoundError
 from server.experiments.spec import Arm, Experiment, ExperimentSpec
-from server.presets import bump_revision
+from server.presets import Preset, bump_revision
 from server.store.database import Database
 from server.store.tables import events, experiments
 
@@ -91,10 +91,15 @@ class ExperimentStore:
             self._change(connection, name, "running", values)
             return self._noted(connection, name, "stopped", {"reason": reason})
 
-    def note(self, name: str, kind: str, detail: dict[str, Any]) -> None:
-        """Adds to an experiment's history. Raises ExperimentNotFoundError."""
+    def promote(self, experiment: Experiment, arm: str, put: Callable[[Connection], Preset]) -> Preset:
+        """Has `put` store the preset that `arm` becomes, and notes it in the history, both or neither. Raises
+        ExperimentNotFoundError for an experiment that has been deleted meanwhile, and what `put` does."""
         with self._database.write() as connection:
-            self._noted(connection, name, kind, detail)
+            self._keep(connection, experiment)
+            preset = put(connection)
+            detail = {"arm": arm, "preset": preset.name, "version": preset.version}
+            self._note(connection, experiment, "promoted", detail)
+            return preset
 
     def delete(self, name: str) -> None:
         """With all that was observed. Raises ExperimentNotFoundError, ConflictError for one that runs."""
@@ -117,8 +122,14 @@ class ExperimentStore:
         query = select(experiments).where(experiments.c.scope == self._scope, experiments.c.name == name)
         row = connection.execute(query).mappings().first()
         if row is None:
-            raise ExperimentNotFoundError(f"experiment {name[:64]!r} does not exist", "experiment")
+            raise _not_found(name)
         return _experiment(row)
+
+    def _keep(self, connection: Connection, experiment: Experiment) -> None:
+        """Nobody deletes the experiment before this transaction ends. Raises ExperimentNotFoundError where somebody has."""
+        query = select(experiments.c.id).where(experiments.c.id == experiment.id)
+        if connection.scalar(query.with_for_update(read=True, key_share=True)) is None:
+            raise _not_found(experiment.name)
 
     def _change(self, connection: Connection, name: str, status: str, values: dict[str, Any]) -> None:
         """Changes the experiment if it is in `status`."""
@@ -146,6 +157,10 @@ class ExperimentStore:
             "package_version": package_version,
             "coverage": spec.coverage,
         }
+
+
+def _not_found(name: str) -> ExperimentNotFoundError:
+    return ExperimentNotFoundError(f"experiment {name[:64]!r} does not exist", "experiment")
 
 
 def _dump(arms: Sequence[Arm]) -> str:

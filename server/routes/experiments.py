@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
+from sqlalchemy import Connection
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -22,8 +23,9 @@ from server.experiments.export import TABLES, export
 from server.experiments.recording import Outcome
 from server.experiments.report import experiment_json, report
 from server.experiments.spec import Arm, Experiment, ExperimentSpec, Name, Subject
+from server.presets import Preset
 from server.responses import JSONResponse
-from server.routes.presets import preset_json, put_preset
+from server.routes.presets import preset_json, refuse_fixed
 from server.state import State, required
 from server.steering import Steering
 from server.store.tables import RESPONSE
@@ -241,9 +243,15 @@ def _promote(steering: Steering, live: State, name: str, body: PromoteBody) -> d
     arm = experiment.arm(body.arm)
     if not steering.applies(arm.mix):
         raise ConflictError(f"the package lacks atoms of arm {arm.name!r}; it was started on another version")
+    refuse_fixed(steering, body.preset)
     description = body.description if body.description is not None else f"arm {arm.name} of experiment {name}"
-    stored = put_preset(steering, live, body.preset, arm.mix, description, body.if_version)
-    live.experiments.note(name, "promoted", {"arm": arm.name, "preset": stored.name, "version": stored.version})
+
+    def put(connection: Connection) -> Preset:
+        version = steering.package.manifest.version
+        return live.presets.put_in(connection, body.preset, arm.mix, description, version, expected=body.if_version)
+
+    stored = live.experiments.promote(experiment, arm.name, put)
+    live.refresh()
     return preset_json(steering, stored)
 
 

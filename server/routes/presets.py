@@ -84,7 +84,7 @@ def presets_router(steering: Steering, state: State | None) -> APIRouter:
     @router.delete("/v1/presets/{name}", response_model=None)
     async def delete(name: str, request: Request) -> Response:
         require_admin(request, "presets are deleted")
-        _refuse_fixed(steering, name)
+        refuse_fixed(steering, name)
         live = required(state)
         await asyncio.to_thread(live.presets.delete, name)
         await asyncio.to_thread(live.refresh)
@@ -97,7 +97,7 @@ def put_preset(
     steering: Steering,
     state: State | None,
     name: str,
-    atoms: dict[str, Any] | Mix,
+    atoms: dict[str, Any],
     description: str,
     expected: int | None,
 ) -> Preset:
@@ -107,8 +107,8 @@ def put_preset(
     `Steering.named_mix` does.
     """
     live = required(state)
-    _refuse_fixed(steering, name)
-    mix = atoms if isinstance(atoms, Mix) else steering.named_mix(atoms)
+    refuse_fixed(steering, name)
+    mix = steering.named_mix(atoms)
     stored = live.presets.put(name, mix, description, steering.package.manifest.version, expected=expected)
     live.refresh()
     return stored
@@ -150,7 +150,8 @@ def _json(steering: Steering, name: str, mix: Mix, usable: bool) -> dict[str, An
     }
 
 
-def _refuse_fixed(steering: Steering, name: str) -> None:
+def refuse_fixed(steering: Steering, name: str) -> None:
+    """Raises ConflictError for the name of a preset of the server's settings."""
     if name in steering.fixed:
         raise ConflictError(
             f"preset {name!r} is set by --preset on the server; change it there, or choose another name"

@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 from atoms.package import Package
 from server import state as state_module
 from server.config import ServeConfig
-from server.errors import CollisionError, ConflictError
+from server.errors import CollisionError, ConflictError, StoreUnavailableError
 from server.experiments.recording import Choice, FinishedResponse
 from server.experiments.spec import Assignment, Experiment, ExperimentSpec
 from server.state import State
@@ -174,6 +174,26 @@ async def test_promoting_while_others_stop(running: Body, admin: AsyncClient, ca
     assert (await call(admin, "GET", "presets/winner"))["version"] == max(versions)
     history = (await call(admin, "GET", "experiments/tone/report"))["history"]
     assert [event["kind"] for event in history].count("promoted") == len(versions)
+
+
+async def test_a_promotion_is_done_whole_or_not_at_all(
+    running: Body, admin: AsyncClient, call: Call, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StoreUnavailableError("away")
+
+    promote = {"arm": "listed", "preset": "winner"}
+    with monkeypatch.context() as patch:
+        patch.setattr(state.experiments, "_note", fail)
+        await call(admin, "POST", "experiments/tone/promote", promote, 503)
+    await call(admin, "GET", "presets/winner", None, 404)
+    assert (await call(admin, "POST", "experiments/tone/promote", promote | {"if_version": 0}))["version"] == 1
+    read = state.experiments.get("tone")
+    await call(admin, "POST", "experiments/tone/stop", {})
+    await call(admin, "DELETE", "experiments/tone", None)
+    monkeypatch.setattr(state.experiments, "get", lambda _: read)  # it was there a moment ago
+    await call(admin, "POST", "experiments/tone/promote", promote, 404)
+    assert len((await call(admin, "GET", "presets/winner/versions"))["data"]) == 1
 
 
 async def test_renamed_arms_of_a_draft(admin: AsyncClient, call: Call, spec: Body) -> None:
