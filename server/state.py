@@ -57,7 +57,7 @@ class State:
         self._refreshing = threading.Lock()
         self._stop = threading.Event()
         self.refresh()
-        self.recorder = Recorder(database, scope)
+        self.recorder = Recorder(database)
         self._thread = threading.Thread(target=self._watch, name="atomsteer-watch", daemon=True)
         self._thread.start()
 

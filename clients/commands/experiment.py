@@ -246,7 +246,7 @@ def forget(
     server: ServerOption = DEFAULT_SERVER,
     key: KeyOption = None,
 ) -> None:
-    """Delete all that was observed of a unit, in every experiment."""
+    """Delete all that was observed of a unit, in every experiment of the server's database, other packages' too."""
     from clients.server_api import PATIENCE, ServerAPI, path_part
 
     with ServerAPI(server, key) as api:

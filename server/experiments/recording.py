@@ -105,10 +105,9 @@ _Record = _Exposure | _Response | _Outcomes | _Erasure
 
 @dataclass
 class Recorder:
-    """Writes the observations of one package's (`scope`) experiments."""
+    """Writes the observations of experiments."""
 
     database: Database
-    scope: str
     capacity: int = 50_000
     lost: int = 0
     """Records that this server has dropped: the queue was full, or they could not be stored."""
@@ -148,7 +147,8 @@ class Recorder:
         return self._writer.submit(_Outcomes(experiment_id, time.time(), reported), len(reported))
 
     def erase(self, unit: str) -> Future[int]:
-        """Deletes all that is known of a unit, in all of the package's experiments; the future counts the rows."""
+        """Deletes all that is known of a unit, in all experiments of the database, those of other packages too: who is to be
+        forgotten is a person, and knows of no packages. The future counts the rows."""
         return self._writer.submit(_Erasure(unit))
 
     def close(self) -> None:
@@ -203,10 +203,10 @@ class Recorder:
         return self._erase(connection, record.unit) if isinstance(record, _Erasure) else None
 
     def _erase(self, connection: Connection, unit: str) -> int:
-        ours = connection.execute(select(experiments.c.id).where(experiments.c.scope == self.scope)).scalars().all()
-        rollups.forget(connection, unit, ours)
+        every = connection.execute(select(experiments.c.id)).scalars().all()  # the tables' indexes begin with it
+        rollups.forget(connection, unit, every)
         return sum(
-            connection.execute(delete(table).where(table.c.experiment_id.in_(ours), table.c.unit == unit)).rowcount
+            connection.execute(delete(table).where(table.c.experiment_id.in_(every), table.c.unit == unit)).rowcount
             for table in (exposures, responses, outcomes)
         )
 

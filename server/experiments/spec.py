@@ -248,7 +248,8 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Whom a request is for, as far as it says: its ``user``, its ``metadata``, its headers (names in lower case)."""
+    """Whom a request is for, as far as it says: its ``user``, its ``metadata``, its headers (names in lower case, values
+    as HTTP frameworks give them: bytes as Latin-1)."""
 
     user: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -262,8 +263,10 @@ class Subject:
         kind, _, key = source.partition(":")
         if kind == "user":
             value: object = self.user
+        elif kind == "metadata":
+            value = self.metadata.get(key)
         else:
-            value = self.metadata.get(key) if kind == "metadata" else self.headers.get(key.lower())
+            value = _as_sent(self.headers.get(key.lower()))
         if value is None or value == "":
             return None
         if not isinstance(value, str) or len(value) > UNIT or not value.isprintable():
@@ -272,6 +275,16 @@ class Subject:
                 f"{where} is {repr(value)[:80]}; a unit is a text of 1 to {UNIT} printable characters", where
             )
         return value
+
+
+def _as_sent(header: str | None) -> str | None:
+    """A header's value: UTF-8, as clients send names, else Latin-1."""
+    if header is None:
+        return None
+    try:
+        return header.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return header
 
 
 def shares(spec: ExperimentSpec) -> dict[str, float]:

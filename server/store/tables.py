@@ -1,6 +1,7 @@
 """The tables. Times are Unix seconds (UTC) as doubles; JSON is kept as text, and is read by this project alone.
 
-``scope`` is the name of a package: several packages may share one database without seeing each other.
+``scope`` is the name of a package: several packages may share one database without seeing each other's presets and
+experiments. Units are whoever they are in all of them: one that is forgotten is forgotten everywhere.
 """
 
 from __future__ import annotations

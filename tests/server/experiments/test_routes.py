@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +22,11 @@ from server import state as state_module
 from server.config import ServeConfig
 from server.embedded.scripted import ScriptedEngine
 from server.experiments.measures import EXPRESSIONS
-from server.experiments.spec import AUTOMATIC, MEASURED_KL, Assignment
+from server.experiments.recording import Choice, FinishedResponse
+from server.experiments.spec import AUTOMATIC, MEASURED_KL, Arm, Assignment, ExperimentSpec
 from server.state import State
 from server.steering import Steering
+from server.store.schema import open_database
 from server.store.tables import exposures, responses
 
 Body = dict[str, Any]
@@ -127,10 +130,17 @@ async def test_units_come_from_where_the_experiment_says(admin: AsyncClient, cli
         await call(admin, "POST", f"experiments/{name}/start", {})
     assert (await ask(None, 400, "by-key"))["error"]["param"] == "metadata.account"
     assert (await ask("u", 400, "by-header"))["error"]["code"] == "missing_unit"
-    by_key = await ask("u", experiment="by-key", metadata={"account": "acme"})
     body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "steering": {"experiment": "by-header"}}
-    by_header = await client.post("/v1/chat/completions", json=body, headers={"x-account": "acme"})
-    assert by_header.json()["steering"]["arm"] == by_key["steering"]["arm"]
+    for name, sent in (
+        ("acme", b"acme"),
+        ("José", "José".encode()),
+        ("日本", "日本".encode()),
+        ("José", "José".encode("latin-1")),
+    ):
+        by_key = await ask("u", experiment="by-key", metadata={"account": name})
+        by_header = await client.post("/v1/chat/completions", json=body, headers=[(b"x-account", sent)])
+        assert by_header.json()["steering"]["arm"] == by_key["steering"]["arm"]
+        assert (await call(admin, "DELETE", f"units/{quote(name)}"))["rows"] == 4, "one name, however it came"
     for bad in ("x" * 257, "a\nb"):
         assert (await ask("u", 400, "by-key", metadata={"account": bad}))["error"]["param"] == "metadata.account"
 
@@ -385,6 +395,27 @@ async def test_a_unit_can_be_forgotten(running: Body, admin: AsyncClient, client
     with state.database.read() as connection:
         assert {row.unit for row in connection.execute(select(exposures))} == {"kept"}
     await call(client, "POST", "experiments/tone/outcomes", outcome, 404)
+
+
+async def test_a_unit_is_forgotten_in_the_experiments_of_all_packages(
+    running: Body, admin: AsyncClient, call: Call, ask: Call, state: State, database_url: str
+) -> None:
+    other = State(open_database(database_url), "another package")
+    try:
+        spec = ExperimentSpec.model_validate(
+            {"name": "theirs", "arms": [{"name": n, "atoms": {}} for n in "ab"]}
+        ).completed()
+        arms = [Arm(name, 0.5, Mix(), "m-0", 0.0) for name in "ab"]
+        other.experiments.start(other.experiments.create(spec, arms, "1.0"), arms, "1.0")
+        assignment = Assignment(other.experiments.get("theirs").id, "u1", "a")
+        other.recorder.exposed(assignment)
+        other.recorder.finished(assignment, FinishedResponse("r", (Choice("x", 1, "stop"),), 1.0))
+    finally:
+        other.close()
+    await ask("u1")
+    assert (await call(admin, "DELETE", "units/u1"))["rows"] == 4
+    with state.database.read() as connection:
+        assert connection.execute(select(exposures)).all() == connection.execute(select(responses)).all() == []
 
 
 async def test_the_export_is_parquet(running: Body, admin: AsyncClient, client: AsyncClient, call: Call, ask: Call,

@@ -171,7 +171,8 @@ class Experiments(SyncAPIResource):
         return answer.content
 
     def forget(self, unit: str) -> int:
-        """Deletes all that was observed of a unit, in every experiment; returns how many records that were."""
+        """Deletes all that was observed of a unit, in every experiment of the server's database, other packages' too; returns
+        how many records that were."""
         return (self._delete(f"/units/{_part(unit)}", cast_to=Forgotten)).rows
 
     def record(self, name: str, response_id: str, metric: str, value: float) -> Stored:
@@ -234,7 +235,8 @@ class AsyncExperiments(AsyncAPIResource):
         return answer.content
 
     async def forget(self, unit: str) -> int:
-        """Deletes all that was observed of a unit, in every experiment; returns how many records that were."""
+        """Deletes all that was observed of a unit, in every experiment of the server's database, other packages' too; returns
+        how many records that were."""
         return (await self._delete(f"/units/{_part(unit)}", cast_to=Forgotten)).rows
 
     async def record(self, name: str, response_id: str, metric: str, value: float) -> Stored:
