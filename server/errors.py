@@ -84,6 +84,10 @@ class StoreUnavailableError(RequestError):
     """The database is locked, full, read-only or away. Nothing was stored."""
 
 
+class DeadlockError(StoreUnavailableError):
+    """Two transactions waited for each other, and this one was undone for the other to go on: it may be tried at once."""
+
+
 class NoStoreError(RequestError):
     """The server runs without a database."""
 

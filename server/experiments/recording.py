@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, delete, select
 
+from server.errors import DeadlockError
 from server.experiments import rollups
 from server.experiments.measures import EXPRESSIONS, marks, response_values
 from server.experiments.rollups import Change
@@ -29,6 +30,8 @@ from server.store.writer import Writer
 
 _log = logging.getLogger("atomsteer.experiments")
 _IDS_A_QUERY = 5_000
+_DEADLOCKS = 3
+"""In a row, before the database counts as away."""
 _EXPOSURE_WAITS = 0.1
 _RESPONSE_WAITS = 0.01
 """Seconds. An exposure is written with its response, or when that takes long; responses that end in one step of the
@@ -171,7 +174,17 @@ class Recorder:
             self._lost[experiment_id] += 1
 
     def _commit(self, records: Sequence[_Record]) -> list[Any]:
-        """One transaction. Observations first, so that an outcome finds the response that was queued before it."""
+        """One transaction. What is forgotten is locked after what is written, so those of two replicas may wait for each
+        other: the one that the database undoes then is no outage, and is tried again."""
+        for _ in range(_DEADLOCKS):
+            try:
+                return self._try(records)
+            except DeadlockError as error:
+                _log.info("records are written again: %s", error)
+        return self._try(records)
+
+    def _try(self, records: Sequence[_Record]) -> list[Any]:
+        """Observations first, so that an outcome finds the response that was queued before it."""
         response_rows = [row for record in records if isinstance(record, _Response) for row in record.rows()]
         exposure_rows = [_exposure_row(record) for record in records if isinstance(record, _Exposure)]
         with self._lost_lock:

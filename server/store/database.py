@@ -20,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from atoms.errors import ConfigError
-from server.errors import StoreUnavailableError
+from server.errors import DeadlockError, StoreUnavailableError
 
 WAIT_SECONDS = 5
 """How long a statement waits for another process's lock, or for a connection, before the database counts as away."""
@@ -61,7 +61,8 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A transaction that is durable once the block has been left, and undone if the block raises.
 
-        Raises StoreUnavailableError where the database is locked, full, read-only or away: nothing was written then.
+        Raises StoreUnavailableError where the database is locked, full, read-only or away, and DeadlockError: nothing was
+        written then.
         """
         with self._transaction(writes=True) as connection:
             yield connection
@@ -77,6 +78,8 @@ class Database:
         except (DBAPIError, PoolTimeoutError) as error:
             if isinstance(error, DBAPIError) and not _is_outage(error):
                 raise
+            if type(getattr(error, "orig", None)).__name__ == _DEADLOCK:
+                raise DeadlockError(f"{self.name}: {_cause(error)}") from error
             _log.error("the database cannot be used: %s", _cause(error))
             raise StoreUnavailableError(f"{self.name} cannot be used: {_cause(error)}") from error
 
@@ -171,6 +174,7 @@ def _is_outage(error: DBAPIError) -> bool:
     )
 
 
+_DEADLOCK = "DeadlockDetected"
 _OUTAGES = frozenset({"ReadOnlySqlTransaction", "InsufficientPrivilege", "AdminShutdown", "DiskFull"})
 
 

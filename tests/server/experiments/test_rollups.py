@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from server.experiments import rollups
 from server.experiments.measures import metric_moments
 from server.experiments.recording import Choice, FinishedResponse, Outcome, Recorder
-from server.experiments.spec import Assignment, Experiment, ExperimentSpec
+from server.experiments.spec import MEASURED_KL, Assignment, Experiment, ExperimentSpec
 from server.experiments.statistics import Moments
 from server.state import State
 from server.steering import Steering
@@ -107,6 +107,38 @@ def test_sums_of_two_replicas_that_write_at_once(
         thread.join(60)
         assert not thread.is_alive()
     assert_sums_hold(state, guarded)
+
+
+def test_a_deadlock_of_two_replicas_is_no_outage(
+    state: State,
+    guarded: Experiment,
+    state_of: Callable[[str], State],
+    database_url: str,
+    wait_for: Callable[..., bool],
+) -> None:
+    """One writes a value and forgets another unit; the other has that unit's sum and wants the arm's, which the first has."""
+    if state.database.is_sqlite:
+        pytest.skip("SQLite has one writer at a time")
+    recorder = state.recorder
+    one, other = (Assignment(guarded.id, unit, "plain") for unit in ("one", "other"))
+    for assignment in (one, other):
+        recorder.exposed(assignment)
+        recorder.finished(assignment, FinishedResponse(assignment.unit, [Choice("x", 1, "stop")], 1.0))
+        recorder.measured(assignment, assignment.unit, 0.5)
+    recorder.erase("nobody at all").result(30)
+    with state_of(database_url).database.write() as connection:
+        its_sum = select(unit_sums).where(unit_sums.c.unit == "other", unit_sums.c.metric == MEASURED_KL)
+        assert connection.execute(its_sum.with_for_update()).one()
+        recorder.measured(one, "one", 0.7)
+        erased = recorder.erase("other")  # in one transaction with what has waited for company
+        waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        assert wait_for(lambda: connection.scalar(waiting))
+        connection.execute(arm_sums.update().where(arm_sums.c.metric == MEASURED_KL).values(total=arm_sums.c.total))
+    assert erased.result(30) == 3
+    assert_sums_hold(state, guarded)
+    with state.database.read() as connection:
+        found = metric_moments(connection, guarded, [MEASURED_KL])[MEASURED_KL]
+    assert found == {"plain": Moments(1, 0.7, 0.0)}
 
 
 OUTLIER = 1e9
