@@ -31,6 +31,10 @@ class Recording:
     prompts: Sequence[str]
     measure: Callable[[Sequence[int], Sequence[int]], None]
 
+    def begun(self) -> None:
+        """The unit is being answered under its arm. One whose request the engine refuses is not."""
+        self.recorder.exposed(self.assignment)
+
     def finished(self, answers: Sequence[Answer], first_token_seconds: float | None) -> None:
         choices = tuple(Choice(answer.text, answer.tokens, answer.finish_reason, prompt)
                         for answer, prompt in zip(answers, self.prompts, strict=True))  # fmt: skip
@@ -51,6 +55,7 @@ class Recording:
 
     def _left(self, status: int) -> None:
         """Of a response that has been recorded as finished the first row counts."""
+        self.recorder.exposed(self.assignment)
         self.recorder.finished(
             self.assignment, FinishedResponse(self.response_id, (), self.context.seconds, status=status)
         )
@@ -107,6 +112,8 @@ class Answering:
         async for index, delta in arrivals:
             now = time.perf_counter()
             if self.recording is not None:
+                if not last:
+                    self.recording.begun()
                 answers[index].add(delta)
                 tokens += delta.token_ids if index == 0 else ()
                 first_token = first_token or self.context.seconds

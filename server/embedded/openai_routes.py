@@ -133,10 +133,9 @@ class OpenAIRoutes:
     def _record(
         self, context: RequestContext, answer_id: str, steering: ResolvedSteering, prompts: Sequence[str]
     ) -> Recording | None:
-        """Logs the exposure; None for a request that takes no part in an experiment."""
+        """None for a request that takes no part in an experiment."""
         if self.drift is None or steering.assignment is None:
             return None
-        self.drift.recorder.exposed(steering.assignment)
         measure = partial(self.drift.offer, steering, answer_id, score=self._score)
         return Recording(self.drift.recorder, steering.assignment, answer_id, context, prompts, measure)
 

@@ -1,6 +1,6 @@
 """What is observed, on its way to the database, off the request path.
 
-A host calls two things: `Recorder.exposed` once it knows a request's arm, `Recorder.finished` once the response is
+A host calls two things: `Recorder.exposed` once a request is answered under its arm, `Recorder.finished` once the response is
 complete, before its last byte is sent, or has come to no end: who stops an answer may have an opinion of it. Both return
 at once. Detectors run on the writer's thread. Outcomes that clients report are acknowledged when they are durable.
 """
@@ -126,7 +126,7 @@ class Recorder:
         return self._writer.waiting
 
     def exposed(self, assignment: Assignment | None) -> None:
-        """A request is about to be answered under an arm; None for one that takes no part."""
+        """A request is being answered under an arm; None for one that takes no part."""
         if assignment is not None:
             self._offer(assignment, _Exposure(assignment, time.time()), _EXPOSURE_WAITS)
 

@@ -184,8 +184,6 @@ class SteeringMiddleware:
                                         "own ids; leave it out", "request_id")  # fmt: skip
         context.steering = resolved
         self._metrics.steered(resolved)
-        if self._drift is not None:
-            self._drift.recorder.exposed(resolved.assignment)
         return SteeredCall(version, resolved, model, _prompt(body), context=context)
 
     def _check_limits(self, body: Mapping[str, Any]) -> None:
@@ -269,6 +267,8 @@ class _Answer:
             self._failure = self._failure or _failure_in(body)
             if self._call is not None and not self._echoed and self._status == 200 and body:
                 message = {**message, "body": self._with_echo(self._call, body)}
+                if self._echoed and self._failure is None:
+                    self._expose()
             if body or last:
                 await self._release()
             if last:
@@ -313,6 +313,11 @@ class _Answer:
             self._begun = True
             await self._send(start)
 
+    def _expose(self) -> None:
+        """The unit is being answered under its arm. One whose request vLLM refuses is not."""
+        if self._drift is not None and self._call is not None:
+            self._drift.recorder.exposed(self._call.steering.assignment)
+
     def _record(self) -> None:
         call, drift, self._drift = self._call, self._drift, None
         if drift is None or call is None or call.context is None:
@@ -325,6 +330,7 @@ class _Answer:
             prompt = call.first[1] if call.first is not None else ()
             drift.offer(call.steering, self._response_id, prompt, call.response, partial(self._score, call.version))
         elif status >= 500 or status == HUNG_UP:
+            drift.recorder.exposed(assignment)  # where nothing came before
             response_id = self._response_id or f"failed-{uuid4().hex}"
             drift.recorder.finished(assignment, FinishedResponse(response_id, (), seconds, status=status))
 

@@ -375,6 +375,20 @@ async def test_an_answer_that_the_client_stopped_is_known_and_may_be_judged(
     assert means["hung_up"] == [0.5] and means["tokens"] == [1.0] and "error" not in means
 
 
+async def test_a_unit_whose_request_is_refused_is_not_exposed(
+    running: Body, ask: Call, engine: ScriptedEngine, state: State
+) -> None:
+    engine.max_model_len = 1
+    await ask("too long", 400)
+    engine.max_model_len, engine.max_waiting = 64, 0
+    await ask("too many", 429)
+    engine.max_waiting, engine.script = 4, "<break>"
+    await ask("failed", 500)
+    settle(state)
+    with state.database.read() as connection:
+        assert connection.execute(select(exposures.c.unit)).scalars().all() == ["failed"]
+
+
 async def test_an_exposure_is_one_a_unit(running: Body, ask: Call, state: State) -> None:
     await asyncio.gather(*(ask("same") for _ in range(4)))
     await ask("same")

@@ -29,7 +29,7 @@ from server.limits import Limits
 from server.metrics import SteeringMetrics
 from server.state import Snapshot, State
 from server.steering import Steering
-from server.store.tables import responses
+from server.store.tables import exposures, responses
 from server.vllm.exposure import OperatorMiddleware, operator_routes
 from server.vllm.host import name_models, steer_engine
 from server.vllm.middleware import SteeringMiddleware, current, with_echo
@@ -477,6 +477,23 @@ async def test_an_answer_that_the_client_stopped_is_recorded_as_that(
         await client.post("/v1/chat/completions/batch", json=TRIAL | {"stream": False})
         ((status, response_id),) = recorded(trial)
         assert status == 499 and response_id.startswith("failed-")
+
+
+async def test_a_unit_whose_request_vllm_refuses_is_not_exposed(client_to, config: ServeConfig, trial: State) -> None:
+    client = client_to(config, trial)
+
+    def exposed() -> list[str]:
+        trial.recorder.erase("nobody at all").result(10)
+        with trial.database.read() as connection:
+            return sorted(connection.execute(select(exposures.c.unit)).scalars())
+
+    assert (await client.post("/v1/completions", json=TRIAL)).status_code == 400
+    await client.post(CHAT, json=TRIAL | {"messages": "refuse first"})
+    assert exposed() == []
+    await client.post(CHAT, json=TRIAL | {"messages": "fail first"})
+    await client.post(CHAT, json=TRIAL | {"user": "ben"})
+    await client.post(CHAT, json=TRIAL | {"user": "cleo", "stream": False})
+    assert exposed() == ["anna", "ben", "cleo"]
 
 
 async def test_vllm_gets_an_id_of_the_servers_own_for_every_request(client_to, config: ServeConfig) -> None:
