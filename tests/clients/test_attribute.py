@@ -98,7 +98,7 @@ def test_markup_in_a_document_is_shown_as_it_is(attribute: Cli, tmp_path: Path) 
         (["--messages", '[{"role": "user", "content": "Hi"}]'], "--messages: "),
         (["--messages", "{"], "no JSON"),
         (["--data", "absent.jsonl"], "absent.jsonl"),
-        (["--text", "yes " * 900], "raise --max-length"),
+        (["--text", "yes " * 900], "allow more with --max-length"),
         (["--text", "Yes.", "--max-length", "9999"], "context has 1024"),
     ],
     ids=[
