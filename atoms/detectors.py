@@ -258,12 +258,9 @@ def _spelled_alike(first: str, second: str) -> bool:
     """Whether two texts' lower-cased words are much the same by letters, as "sing" and "sings" are."""
     left, right = (" ".join(_WORD.findall(text.lower())) for text in (first, second))
     matcher = SequenceMatcher(None, left, right, autojunk=False)
-    bounds_first = (
-        matcher.real_quick_ratio,
-        matcher.quick_ratio,
-        matcher.ratio,
-    )  # upper bounds, at a fraction of the cost
-    return all(ratio() >= _SAME_SENTENCE_RATIO for ratio in bounds_first)
+    # Upper bounds of the ratio come first, at a fraction of its cost.
+    ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+    return all(ratio() >= _SAME_SENTENCE_RATIO for ratio in ratios)
 
 
 def _grammar_fix(response: str, prompt: str) -> bool:

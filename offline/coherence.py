@@ -18,6 +18,7 @@ from torch import Tensor
 NULL_SETS = 64
 """Random sets of documents that an atom's coherence is compared with."""
 _LEAST_DEVIATION = 1e-6
+"""Of sets that are all the same, rounding is left."""
 _POOL_BLOCK = 128
 """Vectors of random sets that are read at once: what their sums need does not grow with the corpus."""
 _LENGTH_BINS = 8
@@ -67,7 +68,5 @@ def coherence_z(
     sizes = membership.sum(1)
     values = (summed.square().sum(1) - squares) / (sizes * (sizes - 1))
     mean, deviation = float(values.mean()), float(values.std())
-    z = (
-        (value - mean) / deviation if deviation > _LEAST_DEVIATION else 0.0
-    )  # of sets that are all the same, rounding is left
+    z = (value - mean) / deviation if deviation > _LEAST_DEVIATION else 0.0
     return value, z, (mean, deviation)

@@ -33,7 +33,7 @@ def new_lora(model: PreTrainedModel, config: FinetuneConfig, seed: int) -> tuple
 
     _refuse_missing_targets(model, config.target_modules)
     head = _head_name(model)
-    if any(head == target or head.endswith(f".{target}") for target in config.target_modules):
+    if any(_is_target(head, target) for target in config.target_modules):
         raise ModelError(_OF_THE_HEAD.format(head))
     torch.manual_seed(seed)
     peft_model = get_peft_model(
@@ -96,10 +96,15 @@ def adapter_of(model: PeftModel, space: LoRASpace, config: FinetuneConfig) -> Ad
     return Adapter(space, tensors, {"target_modules": list(config.target_modules)})
 
 
+def _is_target(name: str, target: str) -> bool:
+    """Whether PEFT adapts the module `name` for the target module `target`."""
+    return name == target or name.endswith(f".{target}")
+
+
 def _refuse_missing_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     leaves = sorted({name.rsplit(".", 1)[-1] for name in linears}, key=natural_key)
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
+    missing = [t for t in targets if not any(_is_target(name, t) for name in linears)]
     if missing:
         raise ModelError(
             f"the model has no linear named {', '.join(missing)}; it has {', '.join(leaves)}: choose with --target-modules"
