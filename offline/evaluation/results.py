@@ -42,14 +42,13 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """One atom at one coefficient, as it did on a goal's development prompts in one round of the search.
+class Shown:
+    """What one atom at one coefficient did on a goal's development prompts.
 
     `n` answers, of which `rate` showed the behaviour and `degenerate` were none; `rate_unsteered` is of as many unsteered
-    ones. KL in nats a token; `kl` is None where it was not measured.
+    ones. KL in nats a token.
     """
 
-    round: Round
     atom: str
     coefficient: float
     n: int
@@ -57,21 +56,21 @@ class Trial:
     rate: float
     degenerate: float
     predicted_kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial(Shown):
+    """A setting that was tried in one round of the search; `kl` is None where it was not measured."""
+
+    round: Round
     kl: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The atom and coefficient chosen for a goal, with what development prompts showed. KL in nats a token."""
+class Choice(Shown):
+    """The setting chosen for a goal. `name` is the atom's."""
 
-    atom: str
     name: str
-    coefficient: float
-    n: int
-    rate_unsteered: float
-    rate: float
-    degenerate: float
-    predicted_kl: float
     kl: float
 
 

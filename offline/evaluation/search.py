@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from atoms.detectors import get_detector
 from atoms.mix import Mix
@@ -52,11 +53,14 @@ class Tried:
 
     def trials(self, stage: Round, kls: Mapping[tuple[str, float], float]) -> tuple[Trial, ...]:
         """For the record. `kls` are the measured ones by atom and coefficient."""
-        return tuple(
-            Trial(stage, s.atom, s.coefficient, s.n, self.rate_unsteered, s.rate, s.degenerate, s.predicted_kl,
-                  kls.get((s.atom, s.coefficient)))
-            for s in self.settings
-        )  # fmt: skip
+        return tuple(Trial(**self.shown(s), round=stage, kl=kls.get((s.atom, s.coefficient))) for s in self.settings)
+
+    def shown(self, setting: Setting) -> dict[str, Any]:
+        """The fields of `Shown`."""
+        return {
+            "atom": setting.atom, "coefficient": setting.coefficient, "n": setting.n, "rate_unsteered": self.rate_unsteered,
+            "rate": setting.rate, "degenerate": setting.degenerate, "predicted_kl": setting.predicted_kl,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -212,9 +216,8 @@ def _choose(
     if not allowed:
         return None
     best = min(allowed, key=lambda s: (-s.gain, s.predicted_kl))
-    return Choice(best.atom, harness.package.card(best.atom).name, best.coefficient, best.n,
-                  tried.rate_unsteered, best.rate, best.degenerate, best.predicted_kl,
-                  kls[best.atom, best.coefficient])  # fmt: skip
+    kl = kls[best.atom, best.coefficient]
+    return Choice(**tried.shown(best), name=harness.package.card(best.atom).name, kl=kl)
 
 
 def _degenerate_limit(tried: Tried, config: EvaluateConfig) -> float:
